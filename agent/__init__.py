@@ -1,0 +1,25 @@
+"""Store-and-forward agent for Tranthor analytics events.
+
+The way of an event:
+
+    app ──POST──▶ ingest ──append──▶ outbox ──scan───▶ forward ──POST──▶ upstream
+                  guard              one writer,        lanes, one a user   │
+                  read, check        group commit       send ─▶ Outcome ◀───┘
+                  stamp time         SQLite, WAL+FULL   decide ─▶ Ack | Retry | Bury | Wait | Hold
+                  ◀──204── committed ◀────settle──────────┘
+    person ──▶ console ──reads──▶ outbox;  ──asks──▶ daemon (loopback control API)
+
+The two ends meet only in the outbox. Decisions are pure: they know no clock, socket or database.
+
+The levels; an import goes down, never up or sideways (`tests/test_levels.py` walks them):
+
+    __main__                       the command line, whole
+    daemon                         composition: db ⊃ writer ⊃ forwarder ⊃ server
+    ingest | forward | console     the two ends, and the person's view; they never meet
+    outbox                         the durable queue
+    config, observe, systemd       settings; logs; the service manager
+    event                          the contract: JSON bytes -> Event
+    errors, clock, exchange        exceptions by blame; time; one HTTP exchange as plain values
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,72 @@
+"""One HTTP exchange as plain values, so that guard, routes and control know no HTTP library.
+
+The server (`agent.ingest.server`) turns its library's request into a `Request` and an `Answer`
+back into its library's response. Error answers have the upstream's own shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+
+JSON = "application/json; charset=utf-8"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A request whose body was read whole. *headers* is case-insensitive; *path* is percent-decoded."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What goes back. *close* ends the connection after it."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = JSON
+    headers: Mapping[str, str] = field(default_factory=dict)
+    close: bool = False
+
+
+Handler = Callable[[Request], Awaitable[Answer]]
+"""Answers one request; expected failures are answers, not exceptions."""
+
+STORED = Answer(status=204)
+REPLAYED = Answer(status=204, headers={"Idempotent-Replayed": "true"})
+
+
+def answer_json(value: Any, *, status: int = 200) -> Answer:
+    return Answer(status=status, body=msgspec.json.encode(value))
+
+
+def refuse(
+    status: int,
+    code: str,
+    message: str,
+    *,
+    retry_after_s: float | None = None,
+    close: bool = False,
+) -> Answer:
+    """Return an error answer: `{"statusCode", "code", "error", "message"}`.
+
+    *retry_after_s* is sent rounded up to whole seconds, as Retry-After requires (RFC 9110, 10.2.3).
+    """
+    headers = {} if retry_after_s is None else {"Retry-After": str(math.ceil(retry_after_s))}
+    body = {
+        "statusCode": status,
+        "code": code,
+        "error": HTTPStatus(status).phrase,
+        "message": message,
+    }
+    return Answer(status=status, body=msgspec.json.encode(body), headers=headers, close=close)
