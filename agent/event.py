@@ -1,0 +1,325 @@
+"""The contract: JSON bytes in, one validated, normalised and stamped `Event` out.
+
+This module is the edge of the documented contract. What the upstream would refuse is refused
+here, where the app can still be told; what it would accept and silently spoil is repaired or
+refused. Pure: no clock, no socket, no database. Called by `agent.ingest.routes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import msgspec
+
+from agent.errors import InvalidEventError
+
+MAX_BODY_BYTES = 5_242_880
+"""The upstream's body limit. Over it, it cuts the connection, which a client sees as a network fault."""
+
+MAX_DEPTH = 100
+"""Levels of objects and arrays. Over about 1,000 the upstream stores an unreadable event."""
+
+_MAX_NUMBER = sys.float_info.max
+"""A larger integer overflows the upstream's double-precision numbers to Infinity."""
+
+Kind = Literal["track"]
+"""The endpoint that the event came by and goes out by."""
+
+_Identifier = str | int | float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One accepted message, as it is stored and as every attempt sends it.
+
+    *lane* is a signed 64-bit hash of the user: events of one lane leave in order.
+    *digest* (16 bytes) is of the body before the time of receipt was stamped into it, so that an
+    app's own retry compares equal to its first try. *body* is the exact JSON of every attempt.
+    """
+
+    message_id: str
+    kind: Kind
+    lane: int
+    digest: bytes
+    received_ms: int
+    body: bytes
+
+
+class _File(msgspec.Struct, rename="camel"):
+    type: Literal["Base64Encoded"]
+    name: str
+    mime_type: str
+    data: str
+
+
+class _Track(msgspec.Struct, rename="camel"):
+    """The types of a track body. A field may be absent or null where the contract lets it."""
+
+    message_id: _Identifier
+    event: _Identifier
+    user_id: _Identifier | None = None
+    anonymous_id: _Identifier | None = None
+    timestamp: str | None = None
+    context: dict[str, Any] | None = None
+    properties: dict[str, Any] | None = None
+    files: list[_File] | None = None
+
+
+def parse_track(raw: bytes, *, received_ms: int, max_body_bytes: int = MAX_BODY_BYTES) -> Event:
+    """Return the event that *raw*, a JSON body of /track, stands for.
+
+    A missing timestamp becomes *received_ms*. Raises `InvalidEventError`, whose message names
+    the field, what was expected and what was got.
+    """
+    fields = _decode_object(raw)
+    _check_tree(raw, fields)
+    _check_types(fields)
+
+    # The upstream lets a top-level `type` override the stored kind of event.
+    fields.pop("type", None)
+    for name in ("userId", "anonymousId", "timestamp", "context", "properties", "files"):
+        if name in fields and fields[name] is None:
+            del fields[name]
+    for name in ("messageId", "event", "userId", "anonymousId"):
+        if name in fields:
+            fields[name] = _identifier(name, fields[name])
+    user = fields.get("userId") or fields.get("anonymousId")
+    if user is None:
+        raise InvalidEventError("userId: required, unless anonymousId is given; got neither")
+    if "timestamp" in fields:
+        fields["timestamp"] = _timestamp(fields["timestamp"])
+
+    body = msgspec.json.encode(fields)
+    digest = hashlib.blake2b(body, digest_size=16).digest()
+    if "timestamp" not in fields:
+        body = b'%b,"timestamp":"%b"}' % (body[:-1], rfc3339(received_ms).encode())
+    if len(body) > max_body_bytes:
+        raise InvalidEventError(
+            f"body: {len(body)} bytes as it would be sent, over the limit of {max_body_bytes};"
+            " send less, or split it",
+            status=413,
+            code="FST_ERR_CTP_BODY_TOO_LARGE",
+        )
+    return Event(
+        message_id=fields["messageId"],
+        kind="track",
+        lane=lane_of(user_id=fields.get("userId"), anonymous_id=fields.get("anonymousId")),
+        digest=digest,
+        received_ms=received_ms,
+        body=body,
+    )
+
+
+def lane_of(*, user_id: str | None, anonymous_id: str | None) -> int:
+    """Return the lane of a user: a signed 64-bit hash. Two users may share one, which only orders them."""
+    key = f"u:{user_id}" if user_id is not None else f"a:{anonymous_id}"
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def rfc3339(instant_ms: int) -> str:
+    """Return *instant_ms* (Unix ms) as RFC 3339 in UTC, to the millisecond."""
+    seconds, ms = divmod(instant_ms, 1000)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{ms:03d}Z"
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+_SURROGATE_ESCAPE = re.compile(
+    rb"""(?ix) (?<!\\)(?:\\\\)*            # an even number of backslashes before the escape
+    (?: \\u d[89ab][0-9a-f]{2} (?! \\u d[c-f][0-9a-f]{2} )   # a high half without its low half
+      | (?<! \\u d[89ab][0-9a-f]{2} ) \\u d[c-f][0-9a-f]{2} )  # a low half without its high half
+    """
+)
+
+
+def _decode_object(raw: bytes) -> dict[str, Any]:
+    try:
+        tree = msgspec.json.decode(raw)
+    except RecursionError as exc:
+        raise _too_deep() from exc
+    except UnicodeDecodeError as exc:
+        raise InvalidEventError("body: not valid UTF-8; encode the JSON as UTF-8") from exc
+    except msgspec.ValidationError as exc:
+        # The decoder calls this one a validation error: a number past what a double can hold.
+        raise InvalidEventError("body: a number is out of range (over about 1.8e308)") from exc
+    except msgspec.DecodeError as exc:
+        if _SURROGATE_ESCAPE.search(raw):
+            raise InvalidEventError(
+                "body: a string holds half of a surrogate pair (\\ud800 to \\udfff alone);"
+                " the upstream cannot read such an event back"
+            ) from exc
+        raise InvalidEventError(f"body: {_lower_first(str(exc))}") from exc
+    if not isinstance(tree, dict):
+        raise InvalidEventError(f"body: expected object, got {_type_name(tree)}")
+    return tree
+
+
+_HUGE_INTEGER = re.compile(rb"[0-9]{309}")
+
+
+def _check_tree(raw: bytes, fields: dict[str, Any]) -> None:
+    """Refuse what would spoil an event at any depth.
+
+    The walk visits every value; it is skipped where the bytes alone prove it needless: too few
+    brackets to nest too deep, no text that could spell a forbidden key, no run of digits that long.
+    """
+    if (
+        raw.count(b"{") + raw.count(b"[") <= MAX_DEPTH
+        and b"\\u" not in raw
+        and b"__proto__" not in raw
+        and not (b'"constructor"' in raw and b'"prototype"' in raw)
+        and not _HUGE_INTEGER.search(raw)
+    ):
+        return
+    for path, value, depth in _walk(fields):
+        match value:
+            case dict() | list() if depth > MAX_DEPTH:
+                raise _too_deep()
+            case dict() if "__proto__" in value:
+                raise InvalidEventError(
+                    f"{_join(path, '__proto__')}: a key of this name is refused"
+                )
+            case {"constructor": {"prototype": _}}:
+                raise InvalidEventError(
+                    f"{_join(path, 'constructor.prototype')}: a key of this name is refused"
+                )
+            case int() if abs(value) > _MAX_NUMBER:
+                raise InvalidEventError(f"{path}: number out of range (over about 1.8e308)")
+            case _:
+                pass
+
+
+def _walk(fields: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
+    """Yield (path, value, depth) of every value; containers above their contents, the root at depth 1."""
+    stack: list[tuple[str, Any, int]] = [("", fields, 1)]
+    while stack:
+        path, value, depth = stack.pop()
+        yield path, value, depth
+        if isinstance(value, dict):
+            stack.extend((_join(path, key), item, depth + 1) for key, item in value.items())
+        elif isinstance(value, list):
+            stack.extend((f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value))
+
+
+def _too_deep() -> InvalidEventError:
+    return InvalidEventError(f"body: nested deeper than {MAX_DEPTH} levels; flatten it")
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+# --- types --------------------------------------------------------------------------------------
+
+
+def _check_types(fields: dict[str, Any]) -> None:
+    try:
+        msgspec.convert(fields, _Track)
+    except msgspec.ValidationError as exc:
+        raise InvalidEventError(_field_first(str(exc))) from exc
+
+
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_EXPECTED = re.compile(r"^Expected `(?P<expected>.*)`, got `(?P<got>.*)`$")
+_MISSING = re.compile(r"^Object missing required field `(?P<name>.*)`$")
+_JSON_WORDS = {
+    "str": "string",
+    "int": "number",
+    "float": "number",
+    "bool": "boolean",
+    "int | float | str": "string",
+    "str | null": "string",
+    "int | float | str | null": "string",
+    "object | null": "object",
+    "array | null": "array",
+}
+
+
+def _field_first(message: str) -> str:
+    """Return msgspec's message with the field in front: `properties: expected object, got array`."""
+    at = _AT.match(message)
+    if at is None:  # the pattern matches every text
+        raise AssertionError(message)
+    what, path = at["what"], at["path"] or ""
+    if missing := _MISSING.match(what):
+        return f"{_join(path, missing['name'])}: required, but missing"
+    if expected := _EXPECTED.match(what):
+        wanted = _JSON_WORDS.get(expected["expected"], expected["expected"])
+        got = _JSON_WORDS.get(expected["got"], expected["got"])
+        return f"{path}: expected {wanted}, got {got}"
+    return f"{path or 'body'}: {_lower_first(what)}"
+
+
+def _type_name(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "boolean"
+        case int() | float():
+            return "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+        case _:
+            return "object"
+
+
+def _lower_first(text: str) -> str:
+    return text if text[1:2].isupper() else text[:1].lower() + text[1:]
+
+
+_EXACT_FLOAT_LIMIT = 1e21
+"""From here on ECMAScript writes a whole number with an exponent (ECMA-262, Number::toString)."""
+
+
+def _identifier(name: str, value: _Identifier) -> str:
+    """Return an id as the string that the upstream would make of it."""
+    match value:
+        case "":
+            raise InvalidEventError(f"{name}: must not be empty")
+        case str():
+            return value
+        case float() if value.is_integer() and abs(value) < _EXACT_FLOAT_LIMIT:
+            return str(int(value))
+        case _:
+            return str(value)
+
+
+_RFC3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?"
+    r"(?P<zone>Z|[+-][0-9]{2}:[0-9]{2})?"
+)
+
+
+def _timestamp(text: str) -> str:
+    """Return *text* in a form that the upstream reads as the same instant; a naive one is UTC.
+
+    Other ISO 8601 notations are rewritten, because the upstream stores what it cannot read as 1970.
+    """
+    try:
+        # Python reads ISO week dates; the upstream does not.
+        instant = None if "W" in text else datetime.fromisoformat(text.upper())
+        if match := _RFC3339.fullmatch(text):
+            if instant is not None:
+                return text if match["zone"] else f"{text}Z"
+        elif instant is not None:
+            aware = instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+            return (
+                f"{aware.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='milliseconds')}Z"
+            )
+    except (ValueError, OverflowError):
+        pass
+    shown = text if len(text) <= 40 else f"{text[:40]}…"
+    raise InvalidEventError(
+        f"timestamp: expected an ISO 8601 date and time such as 2026-11-23T10:00:00.000Z,"
+        f" got {shown!r}; leave it out to use the time of receipt"
+    )
