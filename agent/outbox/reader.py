@@ -1,0 +1,312 @@
+"""Short read-only queries: for the forwarder, for `status`, and for a person looking in.
+
+Each is one autocommit statement, fetched whole: a reader left open would keep the write-ahead
+log from being checkpointed, and it would grow without bound. A `Reader` never writes, not even
+a -wal or -shm file under the wrong user (see `open_reader`).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import aiosqlite
+import msgspec
+
+from agent.errors import OutboxError
+from agent.event import lane_of
+from agent.outbox import lock, schema
+from agent.outbox.records import Head, Ledger, Receipt, Selection, State
+
+INLINE_BYTES = 4096
+"""Bodies up to this size come with the head; larger ones are read when they are sent."""
+
+_HEAD = """
+SELECT seq, lane, message_id, kind, attempts, failing_since_ms,
+       CASE WHEN length(body) <= :inline_bytes THEN body END
+  FROM pending
+  JOIN event USING (seq)
+"""
+
+_SCAN = (
+    _HEAD
+    + """
+ WHERE seq > :after
+ ORDER BY seq
+ LIMIT :limit
+"""
+)
+
+_LANE = (
+    _HEAD
+    + """
+ WHERE lane = :lane
+   AND seq > :after
+   AND seq <= :upto
+ ORDER BY seq
+ LIMIT :limit
+"""
+)
+
+_BODY = """
+SELECT body
+  FROM pending
+ WHERE seq = :seq
+"""
+
+_LEDGER = """
+SELECT accepted, delivered, pending, dead, discarded, evicted, duplicates, conflicts, paused
+  FROM ledger
+"""
+
+_OLDEST = """
+SELECT queued_ms
+  FROM pending
+ ORDER BY seq
+ LIMIT 1
+"""
+
+_RECEIPT = """
+SELECT event.seq,
+       event.message_id,
+       event.state,
+       COALESCE(pending.kind, dead.kind),
+       event.accepted_ms,
+       event.settled_ms,
+       COALESCE(pending.attempts, dead.attempts, 0),
+       pending.failing_since_ms,
+       dead.reason,
+       dead.status,
+       dead.answer,
+       COALESCE(pending.body, dead.body)
+  FROM event
+  LEFT JOIN pending ON pending.seq = event.seq
+  LEFT JOIN dead    ON dead.seq = event.seq
+"""
+
+_BY_MESSAGE_ID = (
+    _RECEIPT
+    + """
+ WHERE event.message_id = :message_id
+"""
+)
+
+_ROWS: dict[State, str] = {
+    "pending": """
+SELECT seq, message_id, state, kind, accepted_ms, settled_ms, attempts, failing_since_ms,
+       NULL AS reason, NULL AS status, NULL AS answer, body
+  FROM pending
+  JOIN event USING (seq)
+""",
+    "dead": """
+SELECT seq, message_id, state, kind, accepted_ms, settled_ms, attempts, NULL AS failing_since_ms,
+       reason, status, answer, body
+  FROM dead
+  JOIN event USING (seq)
+""",
+    "delivered": """
+SELECT seq, message_id, state, NULL AS kind, accepted_ms, settled_ms, 0 AS attempts,
+       NULL AS failing_since_ms, NULL AS reason, NULL AS status, NULL AS answer, NULL AS body
+  FROM event
+""",
+}
+
+_CONDITIONS = {
+    "message_ids": "message_id IN (SELECT value FROM json_each(:message_ids))",
+    # The lanes find the user by index; a lane may hold another user, too.
+    "user": """lane IN (:user_lane, :anonymous_lane)
+   AND :user IN (json_extract(CAST(body AS TEXT), '$.userId'),
+                 json_extract(CAST(body AS TEXT), '$.anonymousId'))""",
+    "event": ":event = json_extract(CAST(body AS TEXT), '$.event')",
+    "text": "instr(CAST(body AS TEXT), :text) > 0",
+    "reason": "reason = :reason",
+    "accepted_before_ms": "accepted_ms < :accepted_before_ms",
+    "accepted_after_ms": "accepted_ms >= :accepted_after_ms",
+}
+"""What each given field of a `Selection` asks of a row."""
+
+_CONDITIONS_ON_BODIES = frozenset({"user", "event", "text"})
+
+
+class Reader:
+    """An open read-only connection. Made by `open_reader`."""
+
+    def __init__(self, db: aiosqlite.Connection, path: Path) -> None:
+        self.path = path
+        self._db = db
+
+    async def scan(self, *, after: int, limit: int) -> list[Head]:
+        """Return the next *limit* pending events behind *after*, in order of acceptance."""
+        return [
+            _head(row)
+            for row in await self._fetch(_SCAN, after=after, limit=limit, inline_bytes=INLINE_BYTES)
+        ]
+
+    async def lane(self, lane: int, *, after: int, upto: int, limit: int) -> list[Head]:
+        """Return the next *limit* pending events of one lane with after < seq <= upto."""
+        rows = await self._fetch(
+            _LANE, lane=lane, after=after, upto=upto, limit=limit, inline_bytes=INLINE_BYTES
+        )
+        return [_head(row) for row in rows]
+
+    async def body(self, seq: int) -> bytes | None:
+        """Return the body of a pending event; None if it is not pending any more."""
+        rows = await self._fetch(_BODY, seq=seq)
+        return rows[0][0] if rows else None
+
+    async def ledger(self) -> Ledger:
+        """Return the counters; one row, whatever the size of the outbox."""
+        ((*counters, paused),) = await self._fetch(_LEDGER)
+        accepted, delivered, pending, dead, discarded, evicted, duplicates, conflicts = counters
+        return Ledger(
+            accepted=accepted,
+            delivered=delivered,
+            pending=pending,
+            dead=dead,
+            discarded=discarded,
+            evicted=evicted,
+            duplicates=duplicates,
+            conflicts=conflicts,
+            paused=bool(paused),
+        )
+
+    async def oldest_pending_ms(self) -> int | None:
+        """Return when the event at the front of the queue was queued (Unix ms)."""
+        rows = await self._fetch(_OLDEST)
+        return rows[0][0] if rows else None
+
+    async def receipt(self, message_id: str) -> Receipt | None:
+        """Return where the event stands; None for an id that is not known (any more)."""
+        rows = await self._fetch(_BY_MESSAGE_ID, message_id=message_id)
+        return _receipt(rows[0]) if rows else None
+
+    async def select(
+        self, state: State, selection: Selection, *, after: int = 0, limit: int
+    ) -> list[Receipt]:
+        """Return the next *limit* events in *state* that *selection* means, behind seq *after*.
+
+        Bodies of delivered events are gone: a selection by user, event or text finds none there.
+        """
+        given = {name for name in _CONDITIONS if getattr(selection, name) not in (None, ())}
+        if state == "delivered" and given & (_CONDITIONS_ON_BODIES | {"reason"}):
+            return []
+        conditions = ["state = :state", "seq > :after", *(_CONDITIONS[name] for name in given)]
+        sql = f"{_ROWS[state]} WHERE {' AND '.join(conditions)} ORDER BY seq LIMIT :limit"
+        rows = await self._fetch(
+            sql,
+            state=state,
+            after=after,
+            limit=limit,
+            message_ids=msgspec.json.encode(selection.message_ids).decode(),
+            event=selection.event,
+            user=selection.user,
+            user_lane=lane_of(user_id=selection.user or "", anonymous_id=None),
+            anonymous_lane=lane_of(user_id=None, anonymous_id=selection.user or ""),
+            text=selection.text,
+            reason=selection.reason,
+            accepted_before_ms=selection.accepted_before_ms,
+            accepted_after_ms=selection.accepted_after_ms,
+        )
+        return [_receipt(row) for row in rows]
+
+    async def _fetch(self, sql: str, **values: Any) -> list[sqlite3.Row]:
+        try:
+            return list(await self._db.execute_fetchall(sql, values))
+        except sqlite3.Error as exc:
+            raise OutboxError(f"{self.path}: cannot read the outbox ({exc})") from exc
+
+
+@asynccontextmanager
+async def open_reader(path: Path) -> AsyncIterator[Reader]:
+    """Open *path* for reading, whether or not a daemon writes it.
+
+    While one does, its -wal and -shm are there to read along with. While none does, readers keep
+    writers out by the lock; if the log was checkpointed away the file alone is read, as immutable,
+    for SQLite would otherwise create a -shm that belongs to whoever looked.
+    Raises `OutboxError` if there is none, it is newer than this version, or cannot be read.
+    """
+    if not path.exists():  # noqa: ASYNC240  # one stat, of a local file
+        raise OutboxError(
+            f"{path}: no outbox here; start the agent once (tranthor-agent run),"
+            " or check outbox.path"
+        )
+    async with AsyncExitStack() as stack:
+        alone = stack.enter_context(lock.shared(path))
+        log_path = path.with_name(f"{path.name}-wal")
+        at_rest = alone and not (log_path.exists() and log_path.stat().st_size)
+        yield await stack.enter_async_context(_reader(path, immutable=at_rest))
+
+
+@asynccontextmanager
+async def open_own_reader(path: Path) -> AsyncIterator[Reader]:
+    """Open *path* for the process that has it open to write already."""
+    async with _reader(path, immutable=False) as reader:
+        yield reader
+
+
+@asynccontextmanager
+async def _reader(path: Path, *, immutable: bool) -> AsyncIterator[Reader]:
+    options = "mode=ro&immutable=1" if immutable else "mode=ro"
+    uri = f"file:{quote(str(path))}?{options}"
+    try:
+        async with aiosqlite.connect(uri, uri=True, isolation_level=None) as db:
+            ((version,),) = await db.execute_fetchall("PRAGMA user_version")
+            if version != schema.VERSION:
+                raise OutboxError(
+                    f"{path}: schema {version}, this version reads {schema.VERSION};"
+                    " start the agent of this version once, which migrates it"
+                )
+            yield Reader(db, path)
+    except sqlite3.Error as exc:
+        raise OutboxError(
+            f"{path}: cannot read the outbox ({exc}); run as the agent's user, as a member of its"
+            " group, or as root, and check that the file is a tranthor-agent outbox"
+        ) from exc
+
+
+def _head(row: sqlite3.Row) -> Head:
+    seq, lane, message_id, kind, attempts, failing_since_ms, body = row
+    return Head(
+        seq=seq,
+        lane=lane,
+        message_id=message_id,
+        kind=kind,
+        attempts=attempts,
+        failing_since_ms=failing_since_ms,
+        body=body,
+    )
+
+
+def _receipt(row: sqlite3.Row) -> Receipt:
+    (
+        seq,
+        message_id,
+        state,
+        kind,
+        accepted_ms,
+        settled_ms,
+        attempts,
+        failing_since_ms,
+        reason,
+        status,
+        answer,
+        body,
+    ) = row
+    return Receipt(
+        seq=seq,
+        message_id=message_id,
+        state=state,
+        kind=kind,
+        accepted_ms=accepted_ms,
+        settled_ms=settled_ms,
+        attempts=attempts,
+        failing_since_ms=failing_since_ms,
+        reason=reason,
+        status=status,
+        answer=answer,
+        body=body,
+    )

@@ -1,0 +1,96 @@
+"""The tables, and how an older database becomes a current one.
+
+    event     one row per known messageId: the idempotency memory and the state machine
+    pending   the queue: what the upstream does not have yet
+    dead      dead letters, with the upstream's last answer
+    ledger    one row of counters, whose CHECK is promise 2
+
+An event's bytes live in `pending` or `dead` and go when it is delivered; its small row in
+`event` stays for `outbox.delivered_retention`. Rows leave `pending` at the front, so whole pages
+come free. `seq` is the order of acceptance; the writer assigns it from `ledger.last_seq`, never
+twice, so a reader's cursor cannot skip an event.
+"""
+
+from __future__ import annotations
+
+import aiosqlite
+
+_V1 = (
+    """
+    CREATE TABLE event (
+        seq         INTEGER PRIMARY KEY,
+        message_id  TEXT    NOT NULL UNIQUE,
+        digest      BLOB    NOT NULL CHECK (length(digest) = 16),
+        state       TEXT    NOT NULL CHECK (state IN ('pending', 'dead', 'delivered')),
+        accepted_ms INTEGER NOT NULL,
+        settled_ms  INTEGER CHECK ((settled_ms IS NULL) = (state = 'pending'))
+    ) STRICT
+    """,
+    # Prunes what was remembered long enough (store.prune).
+    """
+    CREATE INDEX event_delivered ON event (settled_ms) WHERE state = 'delivered'
+    """,
+    """
+    CREATE TABLE pending (
+        seq              INTEGER PRIMARY KEY,
+        kind             TEXT    NOT NULL
+                         CHECK (kind IN ('track', 'identify', 'page', 'screen', 'group')),
+        lane             INTEGER NOT NULL,
+        queued_ms        INTEGER NOT NULL,
+        attempts         INTEGER NOT NULL DEFAULT 0 CHECK (attempts >= 0),
+        failing_since_ms INTEGER CHECK ((failing_since_ms IS NULL) = (attempts = 0)),
+        body             BLOB    NOT NULL
+    ) STRICT
+    """,
+    # Reads on in one user's events (reader.lane).
+    """
+    CREATE INDEX pending_lane ON pending (lane, seq)
+    """,
+    """
+    CREATE TABLE dead (
+        seq      INTEGER PRIMARY KEY,
+        kind     TEXT    NOT NULL
+                 CHECK (kind IN ('track', 'identify', 'page', 'screen', 'group')),
+        lane     INTEGER NOT NULL,
+        attempts INTEGER NOT NULL CHECK (attempts >= 0),
+        reason   TEXT    NOT NULL CHECK (reason IN ('rejected', 'gave_up', 'expired')),
+        status   INTEGER,
+        answer   TEXT    NOT NULL,
+        body     BLOB    NOT NULL
+    ) STRICT
+    """,
+    """
+    CREATE TABLE ledger (
+        id         INTEGER PRIMARY KEY CHECK (id = 1),
+        last_seq   INTEGER NOT NULL DEFAULT 0 CHECK (last_seq >= 0),
+        accepted   INTEGER NOT NULL DEFAULT 0,
+        delivered  INTEGER NOT NULL DEFAULT 0 CHECK (delivered >= 0),
+        pending    INTEGER NOT NULL DEFAULT 0 CHECK (pending >= 0),
+        dead       INTEGER NOT NULL DEFAULT 0 CHECK (dead >= 0),
+        discarded  INTEGER NOT NULL DEFAULT 0 CHECK (discarded >= 0),
+        evicted    INTEGER NOT NULL DEFAULT 0 CHECK (evicted BETWEEN 0 AND discarded),
+        duplicates INTEGER NOT NULL DEFAULT 0 CHECK (duplicates >= 0),
+        conflicts  INTEGER NOT NULL DEFAULT 0 CHECK (conflicts BETWEEN 0 AND duplicates),
+        paused     INTEGER NOT NULL DEFAULT 0 CHECK (paused IN (0, 1)),
+        CHECK (accepted = delivered + pending + dead + discarded)
+    ) STRICT
+    """,
+    """
+    INSERT INTO ledger (id) VALUES (1)
+    """,
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1,)
+"""Statements that lead from user_version n to n + 1. Append only: databases in the field ran these."""
+
+VERSION = len(MIGRATIONS)
+
+
+async def migrate(db: aiosqlite.Connection, found: int) -> None:
+    """Bring a database of user_version *found* to `VERSION`, one transaction a version."""
+    for version in range(found, VERSION):
+        await db.execute("BEGIN IMMEDIATE")
+        for statement in MIGRATIONS[version]:
+            await db.execute(statement)
+        await db.execute(f"PRAGMA user_version = {version + 1}")
+        await db.commit()
