@@ -1,0 +1,111 @@
+"""Who may talk to the agent, judged from the request's head alone, before its body is read.
+
+Pure. Loopback is not a fence against a web page: a browser on the same machine posts to
+127.0.0.1 for any site it shows. Host stops a rebound DNS name, Origin and Sec-Fetch-Site stop a
+foreign page. Also here: how a body may be encoded, and inflating it within bounds.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from agent.exchange import Answer, refuse
+
+_LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
+
+_GZIP_OR_ZLIB = 47
+"""zlib's wbits: 32 detects either header, 15 is the largest window (zlib manual, inflateInit2)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """What the operator allows. *allowed_hosts* are names beside the loopback ones, without port."""
+
+    allowed_hosts: frozenset[str]
+    allowed_origins: frozenset[str]
+    max_body_bytes: int
+
+    def judge(self, headers: Mapping[str, str]) -> Answer | None:
+        """Return the refusal that the head has earned; None if the body may be read."""
+        return self._judge_host(headers) or self._judge_origin(headers) or self._judge_body(headers)
+
+    def _judge_host(self, headers: Mapping[str, str]) -> Answer | None:
+        host = headers.get("Host", "")
+        name = _without_port(host).lower()
+        if name in _LOOPBACK_HOSTS or name in self.allowed_hosts:
+            return None
+        return _forbid(
+            f"Host: {host[:100]!r} is not a name of this agent; use 127.0.0.1 or localhost,"
+            " or add the name to ingest.allowed_hosts"
+        )
+
+    def _judge_origin(self, headers: Mapping[str, str]) -> Answer | None:
+        origin = headers.get("Origin")
+        if origin is None:
+            # A page may leave Origin out of a plain GET, but cannot leave this header out.
+            if headers.get("Sec-Fetch-Site") in {"cross-site", "same-site"}:
+                return _forbid("Sec-Fetch-Site: a page of another origin may not ask")
+            return None
+        # The agent's own pages: Host was judged already.
+        if origin in self.allowed_origins or origin == f"http://{headers.get('Host')}":
+            return None
+        return _forbid(
+            f"Origin: {origin[:100]!r} may not post here; if the page is yours, add its origin"
+            " to ingest.allowed_origins"
+        )
+
+    def _judge_body(self, headers: Mapping[str, str]) -> Answer | None:
+        encoding = headers.get("Content-Encoding", "identity").lower()
+        if encoding not in {"identity", "gzip", "x-gzip", "deflate"}:
+            return refuse(
+                415,
+                "AGENT_UNSUPPORTED_ENCODING",
+                f"Content-Encoding: {encoding[:40]!r} is not supported; send gzip, deflate or none",
+                close=True,
+            )
+        length = headers.get("Content-Length", "0")
+        if length.isdecimal() and int(length) > self.max_body_bytes:
+            return self.too_large()
+        return None
+
+    def too_large(self) -> Answer:
+        return refuse(
+            413,
+            "FST_ERR_CTP_BODY_TOO_LARGE",
+            f"body: over the limit of {self.max_body_bytes} bytes; send less, or split it",
+            close=True,
+        )
+
+    def inflate(self, body: bytes, encoding: str) -> bytes | Answer:
+        """Return the body without its Content-Encoding, or the refusal of a bad or huge one."""
+        if encoding.lower() == "identity":
+            return body
+        inflater = zlib.decompressobj(wbits=_GZIP_OR_ZLIB)
+        try:
+            plain = inflater.decompress(body, self.max_body_bytes + 1)
+        except zlib.error as exc:
+            return _bad_encoding(encoding, str(exc))
+        if len(plain) > self.max_body_bytes:
+            return self.too_large()
+        if not inflater.eof:
+            return _bad_encoding(encoding, "the data ends too early")
+        return plain
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdecimal() else host
+
+
+def _forbid(message: str) -> Answer:
+    return refuse(403, "AGENT_FORBIDDEN", message, close=True)
+
+
+def _bad_encoding(encoding: str, why: str) -> Answer:
+    return refuse(
+        400,
+        "AGENT_BAD_ENCODING",
+        f"body: not valid {encoding} ({why}); send it as the Content-Encoding header says",
+    )

@@ -1,0 +1,165 @@
+"""The listener: sockets, deadlines and bytes. The one module that knows aiohttp's server.
+
+A connection that stalls is closed within 15 s at each stage:
+
+| stage                              | deadline                                   |
+| ---------------------------------- | ------------------------------------------ |
+| before, between and in the headers | `IDLE_S` since the last answer             |
+| in the body                        | `BODY_S` since its headers, answered 408   |
+| after a refusal sent before the body | `LINGER_S` more, so that the client reads it |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from urllib.parse import unquote
+
+import structlog
+from aiohttp import web
+
+from agent.errors import AgentError
+from agent.exchange import Answer, Handler, Request, refuse
+from agent.ingest.guard import Guard
+
+IDLE_S = 12.0
+BODY_S = 10.0
+LINGER_S = 2.0
+
+STOP_S = 3.0
+"""How long answers in flight may take once the agent stops; a commit takes milliseconds."""
+
+_BACKLOG = 1024
+"""Connections the kernel holds ready: apps that all start at boot must not be refused."""
+
+log = structlog.get_logger()
+
+
+class Server:
+    """Turns aiohttp's requests into plain ones for *handler*, and its answers back."""
+
+    def __init__(self, guard: Guard, handler: Handler) -> None:
+        self._guard = guard
+        self._handler = handler
+
+    async def handle(self, request: web.BaseRequest) -> web.Response:
+        try:
+            answer = self._guard.judge(request.headers) or await self._answer(request)
+        except Exception:  # the one place that turns a bug into a 500 instead of a dead connection
+            log.exception("request.failed", path=request.path)
+            answer = refuse(500, "AGENT_BUG", "the agent failed on this request; see its log")
+        response = web.Response(
+            status=answer.status,
+            body=answer.body or None,
+            headers={"Server": "tranthor-agent", **answer.headers},
+        )
+        if answer.body:
+            response.headers["Content-Type"] = answer.content_type
+        if answer.close:
+            response.force_close()
+        return response
+
+    async def _answer(self, request: web.BaseRequest) -> Answer:
+        path, _, _ = request.raw_path.partition("?")
+        if not path.startswith("/"):
+            return refuse(400, "AGENT_BAD_TARGET", "request target: expected a path", close=True)
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = await self._read_body(request)
+        if isinstance(body, bytes):
+            body = self._guard.inflate(body, request.headers.get("Content-Encoding", "identity"))
+        if isinstance(body, Answer):
+            return body
+        return await self._handler(
+            Request(
+                method=request.method,
+                path=unquote(path),
+                query=request.query,
+                headers=request.headers,
+                body=body,
+            )
+        )
+
+    async def _read_body(self, request: web.BaseRequest) -> bytes | Answer:
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(BODY_S):
+                while chunk := await request.content.readany():
+                    chunks.append(chunk)
+                    size += len(chunk)
+                    if size > self._guard.max_body_bytes:  # chunked: no length to judge before
+                        return self._guard.too_large()
+        except TimeoutError:
+            return refuse(
+                408,
+                "AGENT_BODY_TIMEOUT",
+                f"body: {size} bytes came in {BODY_S:.0f} s, then no more; send it whole",
+                close=True,
+            )
+        except web.RequestPayloadError as exc:
+            return refuse(400, "AGENT_BAD_BODY", f"body: {exc}", close=True)
+        return b"".join(chunks)
+
+
+@asynccontextmanager
+async def serving(
+    guard: Guard, handler: Handler, *, host: str, port: int, unix_socket: str = ""
+) -> AsyncIterator[list[str]]:
+    """Answer requests while the block runs; yields the addresses bound, as URLs or socket paths.
+
+    On leaving: no new connections, idle ones closed, answers in flight finished (up to `STOP_S`).
+    Raises `AgentError` if an address cannot be bound.
+    """
+    server = web.Server(
+        Server(guard, handler).handle,
+        access_log=None,
+        # aiohttp's own words about broken clients: of interest to a developer only.
+        logger=_QUIET,
+        keepalive_timeout=IDLE_S,
+        lingering_time=LINGER_S,
+        auto_decompress=False,
+    )
+    runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=STOP_S)
+    await runner.setup()
+    try:
+        await _bind(
+            web.TCPSite(runner, host, port, backlog=_BACKLOG).start,
+            f"{host}:{port}",
+            "set ingest.port to a free one",
+        )
+        if unix_socket:
+            await _bind(
+                web.UnixSite(runner, unix_socket, backlog=_BACKLOG).start,
+                unix_socket,
+                "set ingest.unix_socket to another path",
+            )
+        yield [_shown(address) for address in runner.addresses]
+    finally:
+        await runner.cleanup()
+
+
+_QUIET = logging.getLogger("agent.ingest.aiohttp")
+
+
+async def _bind(start: Callable[[], Awaitable[None]], address: str, remedy: str) -> None:
+    try:
+        await start()
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            raise AgentError(
+                f"{address}: already in use; another agent may be running"
+                f" (tranthor-agent status), or {remedy}"
+            ) from exc
+        raise AgentError(f"{address}: cannot listen ({exc.strerror or exc}); {remedy}") from exc
+
+
+def _shown(address: object) -> str:
+    match address:
+        case (str(host), int(port), *_):
+            return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        case _:
+            return str(address)
