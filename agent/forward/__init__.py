@@ -1,0 +1,5 @@
+"""From the outbox to the upstream: what is sent when, and what an answer means.
+
+`backoff`, `breaker`, `disposition` and `lanes` decide and are pure; `upstream` makes one call;
+`forwarder` is the shell that reads clocks, runs tasks and carries decisions out.
+"""

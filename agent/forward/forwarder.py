@@ -1,0 +1,374 @@
+"""The shell around the decisions: reads the outbox, sends, and records what became of each event.
+
+One dispatcher task keeps the lanes filled and starts an attempt for each event that lanes and
+breaker let go; an attempt is a task of its own in the same group. Nothing waits on a timer while
+there is nothing to send.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Literal, assert_never
+
+import structlog
+
+from agent.clock import Clock
+from agent.errors import OutboxError
+from agent.forward.backoff import Backoff
+from agent.forward.breaker import Breaker, HalfOpen, Held, Open, Ticket
+from agent.forward.disposition import (
+    Delivered,
+    Failed,
+    GiveUp,
+    Misconfigured,
+    Outcome,
+    Rejected,
+    Unavailable,
+    settlement,
+)
+from agent.forward.lanes import PER_LANE, Lanes
+from agent.forward.upstream import Upstream
+from agent.outbox.reader import Reader
+from agent.outbox.records import Ack, Bury, Head, Retry
+from agent.outbox.writer import Writer
+
+SCAN = 512
+"""Events read from the outbox at once: a few ms of reading, and a 2 MiB answer at most."""
+
+UNSETTLED = 256
+"""Settlements that may wait for their commit. A crash sends so many again, and no more."""
+
+STOP_S = 4.0
+"""How long attempts in flight may take once the agent stops; the rest is sent after the next start."""
+
+_READ_AGAIN_S = 1.0
+"""How long an outbox that cannot be read is left alone."""
+
+log = structlog.get_logger()
+
+FlowState = Literal["flowing", "backing_off", "held", "paused", "unconfigured"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How to forward. *ordered* keeps each user's events in order."""
+
+    concurrency: int
+    ordered: bool
+    backoff: Backoff
+    give_up: GiveUp
+    hold_probe_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """How forwarding stands, for people. *reason* is empty while all is well."""
+
+    state: FlowState
+    reason: str
+    next_attempt_in_s: float | None
+    last_error: str | None
+    in_flight: int
+    parked_users: int
+    ambiguous: int
+
+
+@dataclass(slots=True)
+class _Trial:
+    """An event that failed before: how often in a row, and what had been delivered by then."""
+
+    strikes: int
+    delivered_before: int
+
+
+class Forwarder:
+    """Drains the outbox. Made by `forwarding`."""
+
+    def __init__(
+        self,
+        *,
+        writer: Writer,
+        reader: Reader,
+        upstream: Upstream | None,
+        plan: Plan,
+        clock: Clock,
+        rng: random.Random,
+        unconfigured: str = "",
+        paused: bool = False,
+    ) -> None:
+        """*upstream* None means that none is configured; *unconfigured* then says what is missing."""
+        self._writer = writer
+        self._reader = reader
+        self._upstream = upstream
+        self._plan = plan
+        self._clock = clock
+        self._rng = rng
+        self._unconfigured = unconfigured
+        self._paused = paused
+        self._lanes = Lanes(ordered=plan.ordered)
+        self._breaker = Breaker(
+            plan.backoff, ceiling=plan.concurrency, hold_probe_s=plan.hold_probe_s, rng=rng
+        )
+        self._wake = asyncio.Event()
+        self._scan_due = True
+        self._stopping = False
+        self._in_flight = 0
+        self._unsettled = 0
+        self._trials: dict[int, _Trial] = {}
+        self._delivered = 0
+        self._ambiguous = 0
+        self._last_error: str | None = None
+
+    # --- what a person may ask ---
+
+    def pause(self) -> None:
+        """Send nothing more until `resume`; what is in flight ends."""
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+        self._wake.set()
+
+    def flush(self) -> None:
+        """End every wait: try now."""
+        self._breaker.flush(self._clock.monotonic_s())
+        self._lanes.unpark()
+        self._wake.set()
+
+    def flow(self) -> Flow:
+        """Return how forwarding stands."""
+        state, reason = self._state()
+        opens_at_s = self._breaker.opens_at_s()
+        waits = state in {"backing_off", "held"} and opens_at_s is not None
+        return Flow(
+            state=state,
+            reason=reason,
+            next_attempt_in_s=max(0.0, opens_at_s - self._clock.monotonic_s())
+            if waits and opens_at_s is not None
+            else None,
+            last_error=self._last_error,
+            in_flight=self._in_flight,
+            parked_users=self._lanes.parked,
+            ambiguous=self._ambiguous,
+        )
+
+    def _state(self) -> tuple[FlowState, str]:
+        if self._upstream is None:
+            return "unconfigured", self._unconfigured
+        if self._paused:
+            return "paused", "paused by a person; tranthor-agent resume ends it"
+        match self._breaker.state:
+            case Open(_, _, why) | HalfOpen(Open(_, _, why)):
+                return "backing_off", why
+            case Held(_, why) | HalfOpen(Held(_, why)):
+                return "held", why
+            case _:
+                parked = self._lanes.parked
+                return "flowing", f"{parked} user(s) wait behind a failing event" if parked else ""
+
+    # --- the dispatcher ---
+
+    async def run(self) -> None:
+        """Forward until stopped. Its owner is `forwarding`."""
+        if self._upstream is None:
+            return
+        async with asyncio.TaskGroup() as attempts:
+            follower = attempts.create_task(self._follow_appends())
+            while not self._stopping:
+                self._wake.clear()
+                await self._fill()
+                now_s = self._clock.monotonic_s()
+                while (taken := self._take(now_s)) is not None:
+                    self._in_flight += 1
+                    attempts.create_task(self._attempt(self._upstream, *taken))
+                await self._wait(now_s)
+            follower.cancel()
+
+    def stop(self) -> None:
+        """Start nothing more; `run` ends when what is in flight is settled."""
+        self._stopping = True
+        self._wake.set()
+
+    async def _follow_appends(self) -> None:
+        while True:
+            await self._writer.appended.wait()
+            self._writer.appended.clear()
+            self._scan_due = True
+            self._wake.set()
+
+    async def _fill(self) -> None:
+        """Read on in the outbox where the lanes have room; an outbox that fails is left for a while."""
+        try:
+            await self._read_on()
+        except OutboxError as exc:
+            log.error("forwarder.cannot_read", error=str(exc))
+            self._scan_due = True
+            await asyncio.sleep(_READ_AGAIN_S)
+
+    async def _read_on(self) -> None:
+        lanes = self._lanes
+        while (starved := lanes.starved()) is not None:
+            key, last_seq = starved
+            heads = await self._reader.lane(key, after=last_seq, upto=lanes.cursor, limit=PER_LANE)
+            lanes.read_on(heads, complete=len(heads) < PER_LANE)
+        while self._scan_due and lanes.room >= SCAN:
+            self._scan_due = False
+            heads = await self._reader.scan(after=lanes.cursor, limit=SCAN)
+            lanes.scanned(heads)
+            # A full page: there may be more.
+            self._scan_due = self._scan_due or len(heads) == SCAN
+
+    def _take(self, now_s: float) -> tuple[Head, Ticket] | None:
+        if self._paused or self._stopping or self._unsettled >= UNSETTLED:
+            return None
+        lanes_at_s = self._lanes.next_at_s()
+        if lanes_at_s is None or lanes_at_s > now_s:
+            return None
+        ticket = self._breaker.admit(now_s, in_flight=self._in_flight)
+        if ticket is None:
+            return None
+        head = self._lanes.take(now_s)
+        if head is None:
+            raise AssertionError("lanes promised an event and have none")
+        return head, ticket
+
+    async def _wait(self, now_s: float) -> None:
+        """Wait for a change, or for the instant from which lanes and breaker let an event go.
+
+        An instant not behind *now_s* is no reason: what then kept `_take` from it ends with a change.
+        """
+        instants = [self._lanes.next_at_s(), self._breaker.opens_at_s()]
+        known = [at_s for at_s in instants if at_s is not None]
+        timed = instants[0] is not None and max(known) > now_s and not self._paused
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(known) - now_s if timed else None):
+                await self._wake.wait()
+
+    # --- an attempt ---
+
+    async def _attempt(self, upstream: Upstream, head: Head, ticket: Ticket) -> None:
+        try:
+            body = head.body if head.body is not None else await self._reader.body(head.seq)
+            if body is None:  # evicted or expired since it was read
+                self._breaker.cancel(ticket, self._clock.monotonic_s())
+                self._lanes.done(head)
+            else:
+                self._conclude(head, ticket, await upstream.send(head.kind, body))
+        except OutboxError as exc:
+            log.error("forwarder.cannot_read", error=str(exc))
+            now_s = self._clock.monotonic_s()
+            self._breaker.cancel(ticket, now_s)
+            self._lanes.again(head, until_s=now_s + _READ_AGAIN_S)
+        finally:
+            self._in_flight -= 1
+            self._wake.set()
+
+    def _conclude(self, head: Head, ticket: Ticket, outcome: Outcome) -> None:
+        """Carry out what the decisions make of *outcome*: for the event, its lane and the link."""
+        now_ms = self._clock.wall_ms()
+        trial = self._trials.get(head.seq)
+        change = settlement(
+            head,
+            outcome,
+            now_ms=now_ms,
+            proven=trial is not None and self._delivered > trial.delivered_before,
+            give_up=self._plan.give_up,
+        )
+        if change is not None:
+            self._unsettled += 1
+            self._writer.settle(change).add_done_callback(self._settled)
+        self._tell_breaker(ticket, outcome)
+        match change:
+            case Ack():
+                self._delivered += 1
+                self._finish(head)
+            case Bury(reason=reason, status=status, answer=answer):
+                log.error(
+                    "event.dead_lettered",
+                    message_id=head.message_id,
+                    reason=reason,
+                    status=status,
+                    answer=answer,
+                )
+                self._finish(head)
+            case Retry():
+                since_ms = now_ms if head.failing_since_ms is None else head.failing_since_ms
+                self._put_off(
+                    replace(head, attempts=head.attempts + 1, failing_since_ms=since_ms), outcome
+                )
+            case None:
+                # A failed probe says nothing about its event: another lane's is the next one.
+                self._put_off(head, None if ticket.probe else outcome)
+            case _:
+                assert_never(change)
+
+    def _settled(self, _: asyncio.Future[None]) -> None:
+        self._unsettled -= 1
+        self._wake.set()
+
+    def _finish(self, head: Head) -> None:
+        self._trials.pop(head.seq, None)
+        self._lanes.done(head)
+
+    def _put_off(self, head: Head, outcome: Outcome | None) -> None:
+        """Let other lanes go first; an event whose own failure this may be waits longer each time."""
+        if outcome is None or isinstance(outcome, Misconfigured):
+            self._lanes.again(head, until_s=None)
+            return
+        trial = self._trials.setdefault(head.seq, _Trial(0, self._delivered))
+        trial.strikes += 1
+        wait_s = self._plan.backoff.wait_s(trial.strikes, self._rng)
+        self._lanes.again(head, until_s=self._clock.monotonic_s() + wait_s)
+
+    def _tell_breaker(self, ticket: Ticket, outcome: Outcome) -> None:
+        before, _ = self._state()
+        now_s = self._clock.monotonic_s()
+        match outcome:
+            case Delivered():
+                self._breaker.succeed(ticket)
+            case Rejected(status, answer):
+                self._last_error = f"{status}: {answer}"
+                self._breaker.succeed(ticket)
+            case Failed(status, answer):
+                self._last_error = f"the upstream answers {status} {answer}".rstrip()
+                self._breaker.falter(ticket, now_s, self._last_error)
+            case Unavailable(why=why, retry_after_s=retry_after_s, ambiguous=ambiguous):
+                self._last_error = why
+                self._ambiguous += ambiguous
+                self._breaker.fail(ticket, now_s, why, retry_after_s=retry_after_s)
+            case Misconfigured(why):
+                self._last_error = why
+                self._breaker.hold(ticket, now_s, why)
+            case _:
+                assert_never(outcome)
+        self._log_change(before)
+
+    def _log_change(self, before: FlowState) -> None:
+        state, reason = self._state()
+        if state == before:
+            return
+        match state:
+            case "held":
+                log.error("forwarder.held", reason=reason)
+            case "backing_off":
+                log.warning("forwarder.backed_off", reason=reason)
+            case _:
+                log.info("forwarder.resumed", after=before)
+
+
+@asynccontextmanager
+async def forwarding(forwarder: Forwarder) -> AsyncIterator[Forwarder]:
+    """Forward while the block runs; on leaving, let what is in flight end, up to `STOP_S`."""
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(forwarder.run())
+        try:
+            yield forwarder
+        finally:
+            forwarder.stop()
+            _, late = await asyncio.wait([running], timeout=STOP_S)
+            for task in late:
+                task.cancel()

@@ -1,0 +1,192 @@
+"""One call to the upstream, and what came of it as an `Outcome`. The one module that sends.
+
+Nothing here is raised for what a network or a server does. The write key goes into two headers
+and nowhere else; redirects are not followed, for a 307 would carry body and key elsewhere.
+"""
+
+from __future__ import annotations
+
+import io
+import ipaddress
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from agent import __version__
+from agent.clock import Clock
+from agent.event import Kind
+from agent.forward.disposition import (
+    Misconfigured,
+    Outcome,
+    Response,
+    Unavailable,
+    classify,
+)
+
+_KEEPALIVE_S = 60.0
+"""Below the upstream's own 72 s: whoever closes first should be us, between requests."""
+
+_ANSWER_BYTES = 65_536
+"""How much of an answer is read; the API's are empty or short."""
+
+
+class Upstream(Protocol):
+    """Whatever takes one event and says what became of it."""
+
+    async def send(self, kind: Kind, body: bytes) -> Outcome:
+        """Try once to deliver *body*. Never raises for what a network or a server does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where and how to send. *authorization* is the header's value; *bare_key* the key alone."""
+
+    url: str
+    authorization: str = field(repr=False)
+    bare_key: str = field(repr=False)
+    connect_timeout_s: float
+    timeout_s: float
+    ca_file: Path | None
+    client_cert: Path | None
+    client_key: Path | None
+    proxy: str | None = field(repr=False)
+
+
+@asynccontextmanager
+async def open_upstream(
+    target: Target, clock: Clock, *, connections: int
+) -> AsyncIterator[Upstream]:
+    """Yield the upstream of *target*, with at most *connections* kept alive while the block runs."""
+    if refusal := _insecure(target.url):
+        yield Refusing(refusal)
+        return
+    try:
+        tls = _tls(target)
+    except (OSError, ssl.SSLError) as exc:
+        yield Refusing(
+            f"TLS files cannot be loaded ({exc}); check upstream.ca_file, client_cert and client_key"
+        )
+        return
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(
+            limit=connections, keepalive_timeout=_KEEPALIVE_S, ssl=tls, ttl_dns_cache=60
+        ),
+        timeout=aiohttp.ClientTimeout(
+            total=target.connect_timeout_s + target.timeout_s,
+            sock_connect=target.connect_timeout_s,
+            sock_read=target.timeout_s,
+        ),
+        headers={
+            "Authorization": target.authorization,
+            "PublicWriteKey": target.bare_key,
+            "Content-Type": "application/json",
+            "User-Agent": f"tranthor-agent/{__version__}",
+        },
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,
+    ) as session:
+        yield HttpUpstream(session, target, clock)
+
+
+class HttpUpstream:
+    """The Tranthor API over HTTP. Made by `open_upstream`."""
+
+    def __init__(self, session: aiohttp.ClientSession, target: Target, clock: Clock) -> None:
+        self._session = session
+        self._root = target.url.rstrip("/")
+        self._proxy = target.proxy
+        self._clock = clock
+
+    async def send(self, kind: Kind, body: bytes) -> Outcome:
+        """POST *body* once."""
+        try:
+            async with self._session.post(
+                f"{self._root}/api/public/apps/{kind}",
+                data=io.BytesIO(body),
+                headers={"Content-Length": str(len(body))},
+                allow_redirects=False,
+                proxy=self._proxy,
+            ) as response:
+                answer = await response.content.read(_ANSWER_BYTES)
+                return classify(
+                    Response(status=response.status, headers=response.headers, body=answer),
+                    now_ms=self._clock.wall_ms(),
+                )
+        except (aiohttp.ClientError, TimeoutError, OSError) as exc:
+            return _outcome_of(exc)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusing:
+    """Stands in for an upstream that must not be spoken to: holds every event and says why."""
+
+    why: str
+
+    async def send(self, kind: Kind, body: bytes) -> Outcome:  # noqa: ARG002  # the Protocol's
+        """Return the reason; nothing leaves the machine."""
+        return Misconfigured(self.why)
+
+
+def _outcome_of(exc: Exception) -> Outcome:
+    """Translate what the client raised. Ambiguous is all that may have happened after sending."""
+    match exc:
+        case aiohttp.ClientConnectorCertificateError():
+            return Misconfigured(
+                f"the upstream's certificate is not trusted ({exc.certificate_error});"
+                " check the clock, upstream.url and upstream.ca_file, or a captive portal is in between"
+            )
+        case aiohttp.InvalidURL():
+            return Misconfigured("upstream.url or upstream.proxy is not a URL")
+        case aiohttp.ClientHttpProxyError() if exc.status in {401, 403, 407}:
+            return Misconfigured(f"the proxy refuses ({exc.status}); check upstream.proxy")
+        case aiohttp.ClientHttpProxyError():
+            return Unavailable(why=f"the proxy answers {exc.status}")
+        case aiohttp.ClientConnectorDNSError():
+            return Unavailable(why=f"the name {exc.host} is not found: {_reason(exc.os_error)}")
+        case aiohttp.ClientConnectorError():
+            return Unavailable(
+                why=f"cannot connect to {exc.host}:{exc.port}: {_reason(exc.os_error)}"
+            )
+        case aiohttp.ConnectionTimeoutError():
+            return Unavailable(why="connecting took too long (upstream.connect_timeout)")
+        case TimeoutError():
+            return Unavailable(why="no answer in time (upstream.timeout)", ambiguous=True)
+        case aiohttp.ServerDisconnectedError():
+            return Unavailable(why="the upstream closed without an answer", ambiguous=True)
+        case _:
+            return Unavailable(why=f"the connection broke: {_reason(exc)}", ambiguous=True)
+
+
+def _reason(exc: BaseException) -> str:
+    return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+
+
+def _insecure(url: str) -> str | None:
+    """Return why *url* must not be sent a key; plain HTTP is fine on this machine alone."""
+    parts = urlsplit(url)
+    if parts.scheme == "https" or _is_loopback(parts.hostname or ""):
+        return None
+    return (
+        f"upstream.url {url} is plain http: key and events would cross the network readable;"
+        " use https"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _tls(target: Target) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=target.ca_file)
+    if target.client_cert is not None:
+        context.load_cert_chain(target.client_cert, target.client_key)
+    return context
