@@ -1,0 +1,1 @@
+"""What a person sees and does: commands, status, dashboard, demo and sandbox."""
