@@ -16,6 +16,7 @@ import errno
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from urllib.parse import unquote
 
 import structlog
@@ -137,6 +138,8 @@ async def serving(
                 unix_socket,
                 "set ingest.unix_socket to another path",
             )
+            # Whoever may enter its folder may post; the umask would have shut out the group.
+            Path(unix_socket).chmod(0o660)
         yield [_shown(address) for address in runner.addresses]
     finally:
         await runner.cleanup()

@@ -343,6 +343,15 @@ class Store:
         ((pages, free, page_bytes),) = await _fetch(self._db, _PAGES)
         return (pages - free) * page_bytes  # type: ignore[no-any-return]
 
+    async def free_pages(self) -> int:
+        """Return how many pages of the file hold nothing."""
+        ((_, free, _),) = await _fetch(self._db, _PAGES)
+        return free  # type: ignore[no-any-return]
+
+    async def vacuum(self, pages: int) -> None:
+        """Give up to *pages* free pages back to the filesystem."""
+        await _fetch(self._db, f"PRAGMA incremental_vacuum({pages:d})")
+
     async def _change(self, sql: str, **values: Any) -> int:
         return (await self._db.execute(sql, values)).rowcount
 

@@ -169,13 +169,10 @@ class Writer:
         result: T = await job.done
         return result
 
-    async def vacuum(self, pages: int) -> None:
-        """Give up to *pages* free pages back to the filesystem."""
-
-        async def verb(_: Store) -> None:
-            await self._connection.execute_fetchall(f"PRAGMA incremental_vacuum({pages:d})")
-
-        await self.perform(verb)
+    @property
+    def backlogged(self) -> bool:
+        """Whether something waits that could be written: without a fault, `commits` then grows."""
+        return self.fault is None and bool(self._appends or self._settles or self._performs)
 
     def stop(self) -> None:
         """Let `run` end once what is queued was committed. Never cancel it: its thread goes on."""
