@@ -1,0 +1,208 @@
+"""The control API under /api/agent/, and /healthz and /readyz: what the daemon tells and obeys.
+
+Plain requests in, plain answers out; `agent.daemon` mounts it on the listener, behind the guard.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from agent.clock import Clock
+from agent.console import dead_letters
+from agent.console.receipts import view
+from agent.console.status import Flow, collect
+from agent.errors import OutboxError
+from agent.exchange import Answer, Request, answer_json, refuse
+from agent.outbox.reader import Reader
+from agent.outbox.records import Reason, Selection, State
+from agent.outbox.writer import Writer
+
+PREFIX = "/api/agent/"
+
+_EVENTS_LIMIT = 1000
+"""Events in one answer at most; `after` reads on."""
+
+
+class Link(Protocol):
+    """What the daemon's forwarder obeys."""
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def flush(self) -> None: ...
+    def flow(self) -> Flow: ...
+
+
+class _EventsQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """The query of GET events. *after* is the seq that the page before ended with."""
+
+    state: State = "pending"
+    event: str | None = None
+    user: str | None = None
+    text: str | None = None
+    reason: Reason | None = None
+    after: int = 0
+    limit: int = 50
+
+
+class _DeadBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, rename="camel"):
+    """Which dead letters: by id, by filter, or *all* said in so many words."""
+
+    message_ids: tuple[str, ...] = ()
+    event: str | None = None
+    user: str | None = None
+    text: str | None = None
+    reason: Reason | None = None
+    all: bool = False
+
+
+class Control:
+    """Answers for the daemon. `answer` never raises for a foreseen failure."""
+
+    def __init__(
+        self,
+        *,
+        reader: Reader,
+        writer: Writer,
+        link: Link,
+        clock: Clock,
+        upstream: str,
+        max_bytes: int,
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._link = link
+        self._clock = clock
+        self._upstream = upstream
+        self._max_bytes = max_bytes
+
+    async def answer(self, request: Request) -> Answer:
+        """Answer one request below `PREFIX`."""
+        try:
+            return await self._route(request)
+        except msgspec.ValidationError as exc:
+            return refuse(400, "AGENT_BAD_REQUEST", str(exc))
+        except msgspec.DecodeError as exc:
+            return refuse(400, "AGENT_BAD_REQUEST", f"body: {exc}")
+        except OutboxError as exc:
+            return refuse(503, "AGENT_OUTBOX_UNAVAILABLE", str(exc), retry_after_s=5)
+
+    async def health(self, request: Request) -> Answer:
+        """GET /healthz: the process answers."""
+        return answer_json({"status": "ok"}) if request.method == "GET" else _not_found(request)
+
+    async def readiness(self, request: Request) -> Answer:
+        """GET /readyz: events are accepted now; 503 says why not."""
+        if request.method != "GET":
+            return _not_found(request)
+        if why := self._writer.fault or self._writer.full:
+            return refuse(503, "AGENT_NOT_READY", why, retry_after_s=5)
+        return answer_json({"status": "ready"})
+
+    async def _route(self, request: Request) -> Answer:
+        path = request.path.removeprefix(PREFIX)
+        match request.method, path:
+            case "GET", "status":
+                return await self._status()
+            case "GET", "events":
+                return await self._events(request)
+            case "GET", _ if path.startswith("events/"):
+                return await self._event(path.removeprefix("events/"))
+            case "POST", "pause":
+                await self._writer.perform(lambda store: store.set_paused(True))
+                self._link.pause()
+                return await self._status()
+            case "POST", "resume":
+                await self._writer.perform(lambda store: store.set_paused(False))
+                self._link.resume()
+                return await self._status()
+            case "POST", "flush":
+                self._link.flush()
+                return await self._status()
+            case "POST", "dead/requeue":
+                return await self._requeue(request)
+            case "POST", "dead/discard":
+                return await self._discard(request)
+            case _:
+                return _not_found(request)
+
+    async def _status(self) -> Answer:
+        return answer_json(
+            await collect(
+                self._reader,
+                now_ms=self._clock.wall_ms(),
+                upstream=self._upstream,
+                max_bytes=self._max_bytes,
+                flow=self._link.flow(),
+                full=self._writer.full,
+                fault=self._writer.fault,
+            )
+        )
+
+    async def _events(self, request: Request) -> Answer:
+        query = msgspec.convert(dict(request.query), _EventsQuery, strict=False)
+        limit = max(1, min(query.limit, _EVENTS_LIMIT))
+        found = await self._reader.select(
+            query.state,
+            Selection(event=query.event, user=query.user, text=query.text, reason=query.reason),
+            after=query.after,
+            limit=limit,
+        )
+        return answer_json(
+            {
+                "events": [view(receipt) for receipt in found],
+                "nextAfter": found[-1].seq if len(found) == limit else None,
+            }
+        )
+
+    async def _event(self, message_id: str) -> Answer:
+        receipt = await self._reader.receipt(message_id)
+        if receipt is None:
+            return refuse(
+                404,
+                "AGENT_UNKNOWN_EVENT",
+                f"messageId {message_id[:200]!r} is unknown: never accepted, discarded, or"
+                " delivered longer ago than outbox.delivered_retention",
+            )
+        return answer_json(view(receipt))
+
+    async def _requeue(self, request: Request) -> Answer:
+        selection = _selected(request)
+        if isinstance(selection, Answer):
+            return selection
+        requeued = await dead_letters.requeue(
+            self._reader, self._writer, selection, now_ms=self._clock.wall_ms()
+        )
+        return answer_json({"requeued": requeued})
+
+    async def _discard(self, request: Request) -> Answer:
+        selection = _selected(request)
+        if isinstance(selection, Answer):
+            return selection
+        return answer_json(
+            {"discarded": await dead_letters.discard(self._reader, self._writer, selection)}
+        )
+
+
+def _selected(request: Request) -> Selection | Answer:
+    body = msgspec.json.decode(request.body or b"{}", type=_DeadBody)
+    selection = Selection(
+        message_ids=body.message_ids,
+        event=body.event,
+        user=body.user,
+        text=body.text,
+        reason=body.reason,
+    )
+    if selection == Selection() and not body.all:
+        return refuse(
+            400,
+            "AGENT_BAD_REQUEST",
+            'say which dead letters: "messageIds", "event", "user", "text", "reason",'
+            ' or "all": true',
+        )
+    return selection
+
+
+def _not_found(request: Request) -> Answer:
+    return refuse(404, "AGENT_NOT_FOUND", f"Route {request.method}:{request.path[:200]} not found")

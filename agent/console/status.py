@@ -1,0 +1,156 @@
+"""`status`: the one answer to "do events flow, and if not, why and what to do".
+
+The daemon's control API and the command line fill the same `Status`; the command does so alone
+when no daemon runs. Rendering for people is `agent.console.rendering`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Protocol
+
+import msgspec
+
+from agent import __version__
+from agent.outbox.reader import Reader
+from agent.outbox.records import Ledger
+
+State = Literal[
+    "flowing", "backing_off", "held", "paused", "unconfigured", "stopped", "unresponsive"
+]
+"""The last two are said by the command alone: no daemon runs; one owns the outbox and is silent."""
+
+NEARLY_FULL = 0.9
+"""The share of outbox.max_size from which `status` asks for attention."""
+
+
+class OutboxStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The files. *fault* and *full* say why nothing is stored right now, if so."""
+
+    path: str
+    bytes: int
+    wal_bytes: int
+    max_bytes: int
+    full: str | None
+    fault: str | None
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of `status --json`; ages and waits in seconds."""
+
+    state: State
+    reason: str
+    accepted: int
+    delivered: int
+    pending: int
+    dead: int
+    discarded: int
+    evicted: int
+    duplicates: int
+    conflicts: int
+    oldest_pending_age_s: float | None
+    next_attempt_in_s: float | None
+    last_error: str | None
+    in_flight: int
+    parked_users: int
+    ambiguous: int
+    outbox: OutboxStatus
+    upstream: str
+    version: str
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether a person should act: held, dead letters, events given up for room, nearly full."""
+        outbox = self.outbox
+        return (
+            self.state in {"held", "unconfigured", "paused"}
+            or self.dead > 0
+            or outbox.full is not None
+            or outbox.fault is not None
+            or outbox.bytes > NEARLY_FULL * outbox.max_bytes
+        )
+
+
+class Unreadable(msgspec.Struct, frozen=True, kw_only=True):
+    """What `status --json` says when it cannot count: *reason* names the cause and the remedy."""
+
+    state: Literal["unreadable"]
+    reason: str
+    outbox: dict[str, str]
+    version: str
+
+
+Report = Status | Unreadable
+
+
+class Flow(Protocol):
+    """What the daemon's forwarder says of itself."""
+
+    @property
+    def state(self) -> State: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def next_attempt_in_s(self) -> float | None: ...
+    @property
+    def last_error(self) -> str | None: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def parked_users(self) -> int: ...
+    @property
+    def ambiguous(self) -> int: ...
+
+
+async def collect(
+    reader: Reader,
+    *,
+    now_ms: int,
+    upstream: str,
+    max_bytes: int,
+    flow: Flow | None,
+    full: str | None = None,
+    fault: str | None = None,
+) -> Status:
+    """Return the status of the outbox behind *reader*; *flow* None means that no daemon runs."""
+    ledger = await reader.ledger()
+    oldest_ms = await reader.oldest_pending_ms()
+    return Status(
+        state="stopped" if flow is None else flow.state,
+        reason=_stopped(ledger) if flow is None else flow.reason,
+        accepted=ledger.accepted,
+        delivered=ledger.delivered,
+        pending=ledger.pending,
+        dead=ledger.dead,
+        discarded=ledger.discarded,
+        evicted=ledger.evicted,
+        duplicates=ledger.duplicates,
+        conflicts=ledger.conflicts,
+        oldest_pending_age_s=None if oldest_ms is None else max(0, now_ms - oldest_ms) / 1000,
+        next_attempt_in_s=None if flow is None else flow.next_attempt_in_s,
+        last_error=None if flow is None else flow.last_error,
+        in_flight=0 if flow is None else flow.in_flight,
+        parked_users=0 if flow is None else flow.parked_users,
+        ambiguous=0 if flow is None else flow.ambiguous,
+        outbox=OutboxStatus(
+            path=str(reader.path),
+            bytes=_size(reader.path),
+            wal_bytes=_size(reader.path.with_name(f"{reader.path.name}-wal")),
+            max_bytes=int(max_bytes),
+            full=full,
+            fault=fault,
+        ),
+        upstream=upstream,
+        version=__version__,
+    )
+
+
+def _stopped(ledger: Ledger) -> str:
+    return "paused by a person, and stays so when it starts" if ledger.paused else ""
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,121 @@
+"""The real daemon as a process, for tests: started, asked, killed, started again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+DEADLINE_S = 30.0
+"""For anything waited for; generous, for a busy machine. Nothing is asserted about time."""
+
+_POLL_S = 0.02
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class AgentProcess:
+    """One agent of one configuration, through any number of processes."""
+
+    def __init__(self, folder: Path, session: aiohttp.ClientSession, **sections: str) -> None:
+        """*sections* are bodies of TOML tables; ingest.port and outbox.path are set here."""
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.outbox = folder / "outbox.db"
+        self.config = folder / "config.toml"
+        self.log = folder / "agent.log"
+        self._session = session
+        self._process: asyncio.subprocess.Process | None = None
+        bodies = {"ingest": "", "outbox": "", **sections}
+        bodies["ingest"] += f"\nport = {self.port}"
+        bodies["outbox"] += f'\npath = "{self.outbox}"'
+        self.config.write_text("".join(f"[{name}]\n{body}\n" for name, body in bodies.items()))
+
+    @property
+    def process(self) -> asyncio.subprocess.Process:
+        assert self._process is not None, "the agent was not started"
+        return self._process
+
+    async def start(self) -> None:
+        """Start a process; return when it accepts events."""
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "agent", "run", "--config", str(self.config), stderr=log
+            )
+        async with asyncio.timeout(DEADLINE_S):
+            while not await self._is_ready():
+                assert self.process.returncode is None, self.log.read_text()
+                await asyncio.sleep(_POLL_S)  # noqa: ASYNC110  # another process
+
+    async def _is_ready(self) -> bool:
+        try:
+            async with self._session.get(f"{self.url}/readyz") as response:
+                return response.status == 200
+        except aiohttp.ClientConnectionError:
+            return False
+
+    async def kill(self) -> None:
+        """End the process as a power cut would: SIGKILL."""
+        self.process.send_signal(signal.SIGKILL)
+        await self.process.wait()
+
+    async def stop(self) -> int:
+        """End the process as the service manager would; return its exit code."""
+        if self.process.returncode is None:
+            self.process.terminate()
+        async with asyncio.timeout(DEADLINE_S):
+            return await self.process.wait()
+
+    async def post(self, body: dict[str, Any]) -> int:
+        """Post one track event as an app would; return the status."""
+        async with self._session.post(f"{self.url}/api/public/apps/track", json=body) as response:
+            await response.read()
+            return response.status
+
+    async def status(self) -> dict[str, Any]:
+        return await self.ask("GET", "status")
+
+    async def ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        """Call the control API; return its JSON."""
+        async with self._session.request(
+            method, f"{self.url}/api/agent/{path}", json=body
+        ) as response:
+            answer: dict[str, Any] = json.loads(await response.read())
+            return answer
+
+    async def until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Return the first status that *condition* holds for."""
+        status: dict[str, Any] = {}
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                while not condition(status := await self.status()):
+                    await asyncio.sleep(_POLL_S)  # noqa: ASYNC110  # another process
+        except TimeoutError:
+            raise AssertionError(f"never so: {status}\n{self.log.read_text()[-2000:]}") from None
+        return status
+
+
+@asynccontextmanager
+async def running_agent(folder: Path, **sections: str) -> AsyncIterator[AgentProcess]:
+    """Start an agent in *folder* with these sections of configuration; end it with the block."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S)) as session:
+        agent = AgentProcess(folder, session, **sections)
+        await agent.start()
+        try:
+            yield agent
+        finally:
+            if agent.process.returncode is None:
+                await agent.kill()
