@@ -17,9 +17,10 @@ The levels; an import goes down, never up or sideways (`tests/test_levels.py` wa
     daemon                         composition: db ⊃ writer ⊃ forwarder ⊃ server
     ingest | forward | console     the two ends, and the person's view; they never meet
     outbox                         the durable queue
-    config, observe, systemd       settings; logs; the service manager
-    event                          the contract: JSON bytes -> Event
-    errors, clock, exchange        exceptions by blame; time; one HTTP exchange as plain values
+    config, observe, systemd       settings in effect; logs; the service manager
+    event, settings                the contract: JSON bytes -> Event; every key that can be set
+    errors, clock, exchange, units exceptions by blame; time; one HTTP exchange as plain values;
+                                   durations, sizes and secrets as people write them
 """
 
 __version__ = "0.1.0"

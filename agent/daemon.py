@@ -20,7 +20,7 @@ import structlog
 
 from agent import __version__
 from agent.clock import Clock, SystemClock
-from agent.config import Loaded, Settings
+from agent.config import Loaded
 from agent.console.control import PREFIX, Control
 from agent.errors import OutboxError
 from agent.forward.backoff import Backoff
@@ -33,6 +33,7 @@ from agent.ingest.server import serving
 from agent.outbox.reader import Reader, open_own_reader
 from agent.outbox.upkeep import Retention, keep_up
 from agent.outbox.writer import Policy, Writer, open_writer
+from agent.settings import Settings
 from agent.systemd import Notifier, WatchdogGate, watchdog_interval_s
 
 STATUS_INTERVAL_S = 10.0

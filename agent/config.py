@@ -1,0 +1,561 @@
+"""The configuration: TOML, environment and credentials -> frozen `Settings`, or errors that help.
+
+The keys themselves are declared in `agent.settings`; this module reads and writes them. Two kinds
+of fault:
+
+    ConfigError   a value that cannot be meant (unknown key, bad unit, out of range): the daemon
+                  does not start. All of them at once, one line each.
+    problem       something outside the file is not right yet (no key file, no certificate): a
+                  sentence in `Loaded.problems`. The daemon runs and stores; events wait.
+
+Does not own what a setting does. Called once at start-up by the commands and the daemon.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import textwrap
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import msgspec
+import platformdirs
+
+from agent.errors import ConfigError
+from agent.settings import Forward, Help, Settings
+from agent.units import (
+    MASK,
+    Bytes,
+    ProxyUrl,
+    Seconds,
+    WriteKey,
+    http_proxy,
+    server_root,
+    without_credentials,
+)
+
+APP = "tranthor-agent"
+PREFIX = "TRANTHOR_AGENT_"
+FILE_VARIABLE = f"{PREFIX}CONFIG"
+SYSTEM_FILE = Path("/etc/tranthor-agent/config.toml")
+SYSTEM_STATE = Path("/var/lib/tranthor-agent")
+CREDENTIAL = "write_key"
+
+_KEY_BYTES = 8_192
+"""The longest write key file that is read: servers refuse longer headers, and it is no key."""
+
+_COLUMNS = 100
+"""Width of the example file."""
+
+
+# --- what the commands and the daemon ask for ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """The settings in effect and where they came from.
+
+    *file* is None when none was found. *origins* has every key ("upstream.url"): "default", the path
+    of a file, "environment NAME" or "credential write_key". *problems* are sentences for a person.
+    """
+
+    settings: Settings
+    file: Path | None
+    origins: Mapping[str, str]
+    problems: tuple[str, ...]
+
+    def missing(self) -> str | None:
+        """Return the sentence that says why nothing can be forwarded; None when something can."""
+        upstream = self.settings.upstream
+        where = f" in {self.file}" if self.file else "; `tranthor-agent config init` writes a file"
+        key = "upstream.write_key (or write_key_file)"
+        known = next((text for text in self.problems if text.startswith(_KEY_PROBLEM)), "")
+        if not upstream.url and upstream.write_key is None and not known:
+            return f"no upstream is configured: set upstream.url and {key}{where}"
+        if not upstream.url:
+            return f"no upstream is configured: set upstream.url{where}"
+        if upstream.write_key is None:
+            return known or f"no write key is configured: set {key}{where}"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effective:
+    """One key for `config show`: *value* as it would stand in TOML, secrets masked."""
+
+    key: str
+    value: str
+    origin: str
+
+
+def search_path() -> tuple[Path, ...]:
+    """Return where a file is looked for when none is named; the first that is there counts."""
+    return platformdirs.user_config_path(APP) / "config.toml", SYSTEM_FILE
+
+
+def load(
+    path: Path | None, environ: Mapping[str, str], *, search: Sequence[Path] | None = None
+) -> Loaded:
+    """Return the settings of file, environment and credentials; the environment wins.
+
+    *path* is the file that a person named, else $TRANTHOR_AGENT_CONFIG, else the first of *search*
+    (by default `search_path`) that exists, else none. Raises ConfigError with a line per fault.
+    """
+    variable = environ.get(FILE_VARIABLE)
+    named = path or (Path(variable) if variable else None)
+    file = named.absolute() if named else _first(search_path() if search is None else search)
+    faults: list[str] = []
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(_KEYS, "default")
+    for given in [*_from_file(file, faults), *_from_environ(environ, faults)]:
+        key = given.key
+        try:
+            values[key.dotted] = _decode(key, given.raw, given.folder)
+        except ValueError as exc:
+            faults.append(f"{given.where} = {_shown(key, given.raw)}: {exc}")
+        origins[key.dotted] = given.origin
+    faults.extend(f"{file or 'environment'}: {fault}" for fault in _contradictions(values, origins))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    problems = [*_settle_key(values, origins, environ), *_file_problems(values), *_near(environ)]
+    if values.get("outbox.path", Path()) == Path():
+        values["outbox.path"], origins["outbox.path"] = _outbox_path(environ, file)
+    return Loaded(settings=_build(values), file=file, origins=origins, problems=tuple(problems))
+
+
+def effective(loaded: Loaded) -> list[Effective]:
+    """Return every key with its value in effect, in the order of the example file."""
+    return [
+        Effective(
+            key=key.dotted,
+            value=_toml(getattr(getattr(loaded.settings, key.section), key.name)),
+            origin=loaded.origins[key.dotted],
+        )
+        for key in _KEYS.values()
+    ]
+
+
+def example() -> str:
+    """Return a configuration file that explains every key and changes none."""
+    lines = [*_EXAMPLE_HEAD.splitlines()]
+    section = ""
+    for key in _KEYS.values():
+        if key.section != section:
+            section = key.section
+            lines += ["", "", f"[{section}]", *_comment(_SECTIONS[section])]
+        text = f"{key.help.text} Allowed: {key.allowed}."
+        lines += ["", *_comment(text), f"#{key.name} = {_toml(key.default)}"]
+    return "\n".join(lines) + "\n"
+
+
+_EXAMPLE_HEAD = """\
+# The configuration of tranthor-agent.
+#
+# Every key is here, commented out at its default: remove the "#" before those you change. Two are
+# needed before anything is delivered: url and a write key, both under [upstream]. Until then the
+# agent stores events and waits, and loses none.
+#
+# Durations are text with a unit: "500ms", "30s", "5m", "1h30m", "7d". So are sizes: "512KiB",
+# "5MiB", "1GiB", or KB, MB, GB by the thousand. A relative path starts at the folder of this file.
+#
+# Any key can also be set in the environment, and wins there: timeout under [upstream] is
+# TRANTHOR_AGENT_UPSTREAM__TIMEOUT. Commas separate the entries of a list.
+#
+# `tranthor-agent config check` tests this file; `config show` says what is in effect, and why."""
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        _COLUMNS,
+        initial_indent="# ",
+        subsequent_indent="# ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+# --- the table of keys ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Key:
+    """One key, as its Struct declares it. *base* is the type without the None of an empty text."""
+
+    section: str
+    name: str
+    type: Any
+    default: Any
+    help: Help
+
+    @property
+    def dotted(self) -> str:
+        return f"{self.section}.{self.name}"
+
+    @property
+    def variable(self) -> str:
+        return f"{PREFIX}{self.section}__{self.name}".upper()
+
+    @property
+    def optional(self) -> bool:
+        return type(None) in get_args(self.type)
+
+    @property
+    def base(self) -> Any:
+        return get_args(self.type)[0] if self.optional else self.type
+
+    @property
+    def allowed(self) -> str:
+        if get_origin(self.base) is Literal:
+            *others, last = map(_toml, get_args(self.base))
+            return f"{', '.join(others)} or {last}" if others else last
+        if self.help.low is None or self.help.high is None:
+            return self.help.allowed or "a path"
+        kind = {int: "a whole number", Seconds: "a duration", Bytes: "a size"}[self.base]
+        low, high = (_toml(self.base(limit)) for limit in (self.help.low, self.help.high))
+        return f"{kind} from {low} to {high}"
+
+
+def _declared() -> Iterator[_Key]:
+    for section in msgspec.structs.fields(Settings):
+        struct = get_args(section.type)[0]
+        for declared in msgspec.structs.fields(struct):
+            kind, help_ = get_args(declared.type)
+            yield _Key(
+                section=section.name,
+                name=declared.name,
+                type=kind,
+                default=declared.default,
+                help=help_,
+            )
+
+
+_KEYS = {key.dotted: key for key in _declared()}
+_VARIABLES = {key.variable: key for key in _KEYS.values()}
+_SECTIONS = {
+    section.name: get_args(section.type)[1].text for section in msgspec.structs.fields(Settings)
+}
+
+
+def _build(values: Mapping[str, Any]) -> Settings:
+    sections = {}
+    for section in msgspec.structs.fields(Settings):
+        given = {
+            key.name: values[key.dotted]
+            for key in _KEYS.values()
+            if key.section == section.name and key.dotted in values
+        }
+        sections[section.name] = get_args(section.type)[0](**given)
+    return Settings(**sections)
+
+
+# --- reading ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Given:
+    """A value before it is decoded. *where* begins an error; relative paths start at *folder*."""
+
+    key: _Key
+    raw: object
+    where: str
+    origin: str
+    folder: Path
+
+
+def _first(candidates: Sequence[Path]) -> Path | None:
+    for candidate in candidates:
+        try:
+            candidate.stat()
+        except PermissionError:
+            # ProtectHome= makes a home like this, and there is no file for the agent in it. Below
+            # /etc it is an operator outside the group, who must not be shown defaults instead.
+            if candidate != SYSTEM_FILE:
+                continue
+        except OSError:
+            continue
+        return candidate
+    return None
+
+
+def _from_file(file: Path | None, faults: list[str]) -> Iterator[_Given]:
+    if file is None:
+        return
+    for section, table in _parse(file).items():
+        if section not in _SECTIONS:
+            faults.append(f"{file}: {_unknown_section(section)}")
+        elif not isinstance(table, dict):
+            faults.append(
+                f"{file}: {section} is a section: write [{section}], and its keys beneath"
+            )
+        else:
+            for name, raw in table.items():
+                where = f"{file}: [{section}] {_bare(name)}"
+                key = _KEYS.get(f"{section}.{name}")
+                if key is None:
+                    faults.append(f"{where}: {_unknown_key(section, name)}")
+                else:
+                    yield _Given(
+                        key=key, raw=raw, where=where, origin=str(file), folder=file.parent
+                    )
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        # Editors on Windows begin a file with a byte order mark, which TOML does not know.
+        return tomllib.loads(file.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{file}: no such file; check --config and ${FILE_VARIABLE},"
+            " or write one with `tranthor-agent config init`"
+        ) from None
+    except OSError as exc:
+        raise ConfigError(
+            f"{file}: cannot be read ({exc.strerror}); check its permissions and your groups"
+        ) from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{file}: not UTF-8 (at byte {exc.start}); save it as UTF-8") from exc
+    except tomllib.TOMLDecodeError as exc:
+        quotes = "; texts, durations and sizes need quotes" if "Invalid value" in str(exc) else ""
+        raise ConfigError(f"{file}: not valid TOML: {exc}{quotes}") from exc
+
+
+def _from_environ(environ: Mapping[str, str], faults: list[str]) -> Iterator[_Given]:
+    for name, text in sorted(environ.items()):
+        if not name.startswith(PREFIX) or "__" not in name:
+            continue
+        where = f"environment: {_bare(name)}"
+        key = _VARIABLES.get(name)
+        if key is None:
+            faults.append(f"{where}: unknown variable; {_nearest(name, list(_VARIABLES))}")
+        else:
+            yield _Given(
+                key=key,
+                raw=_untext(key, text),
+                where=where,
+                origin=f"environment {name}",
+                folder=Path.cwd(),
+            )
+
+
+def _untext(key: _Key, text: str) -> object:
+    """Return what TOML would have given for *text*, so that both are decoded alike."""
+    if get_origin(key.base) is tuple:
+        return [entry for part in text.split(",") if (entry := part.strip())]
+    if key.base is int and re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII):
+        return int(text)
+    return text
+
+
+def _unknown_section(section: str) -> str:
+    home = next((key for key in _KEYS.values() if key.name == section), None)
+    if home is not None:
+        return f"{section} stands in no section: put it beneath [{home.section}]"
+    return f"[{_bare(section)}]: unknown section; {_nearest(section, list(_SECTIONS))}"
+
+
+def _unknown_key(section: str, name: str) -> str:
+    home = next((key for key in _KEYS.values() if key.name == name), None)
+    if home is not None:
+        return f"unknown key; it belongs to [{home.section}]"
+    return (
+        f"unknown key; {_nearest(name, [k.name for k in _KEYS.values() if k.section == section])}"
+    )
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    if close := difflib.get_close_matches(word, known, n=1):
+        return f"did you mean {close[0]}?"
+    if word.startswith(PREFIX):
+        return (
+            "`tranthor-agent config show` lists every key; TRANTHOR_AGENT_<SECTION>__<KEY> sets one"
+        )
+    return f"there are {', '.join(known)}"
+
+
+def _near(environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield a problem for each variable that lacks one underscore.
+
+    It is no error, since Kubernetes makes such names by itself for a service "tranthor-agent-...".
+    """
+    for variable in _VARIABLES:
+        slip = variable.replace("__", "_")
+        if slip in environ:
+            yield f"environment: {slip} is ignored; did you mean {variable}?"
+
+
+# --- decoding ---
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def _decode(key: _Key, raw: object, folder: Path) -> Any:
+    """Return the value of *key*. Raises ValueError with what is allowed, never with the value."""
+    if key.optional and isinstance(raw, str) and not raw.strip():
+        return None
+    if key.name == "mode" and raw == "batch":
+        raise ValueError('not available in this version: use "track"')
+    try:
+        value = msgspec.convert(raw, key.type, dec_hook=_decode_own)
+    except msgspec.ValidationError as exc:
+        own = isinstance(exc.__cause__, ValueError)
+        raise ValueError(str(exc) if own else f"expected {key.allowed}") from None
+    if key.base is not WriteKey and any(map(_CONTROL.search, _texts(raw))):
+        raise ValueError("a control character cannot be meant: remove it")
+    low, high = key.help.low, key.help.high
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError(f"expected {key.allowed}")
+    if isinstance(value, Path) and value != Path():
+        value = _absolute(value, folder)
+    return value if key.help.check is None else key.help.check(value)
+
+
+def _decode_own(kind: Any, raw: object) -> object:
+    if issubclass(kind, Seconds | Bytes):
+        return kind.parse(raw)
+    if not isinstance(raw, str):
+        raise ValueError("expected text in quotes")  # noqa: TRY004  # msgspec passes on a ValueError
+    return WriteKey(raw.strip()) if kind is WriteKey else kind(raw)
+
+
+def _texts(raw: object) -> list[str]:
+    return [text for text in (raw if isinstance(raw, list) else [raw]) if isinstance(text, str)]
+
+
+def _absolute(path: Path, folder: Path) -> Path:
+    try:
+        return folder / path.expanduser()
+    except RuntimeError:
+        raise ValueError("there is no home folder for ~: write the whole path") from None
+
+
+def _contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> Iterator[str]:
+    key, key_file = "upstream.write_key", "upstream.write_key_file"
+    if values.get(key) and values.get(key_file):
+        yield (
+            f"[upstream] write_key ({origins[key]}) and write_key_file ({origins[key_file]}) are"
+            " both set: keep one, and make the other empty"
+        )
+    if values.get("upstream.client_key") and not values.get("upstream.client_cert"):
+        yield "[upstream] client_key is of no use without client_cert: set both, or neither"
+    base = values.get("forward.backoff_base", Forward().backoff_base)
+    cap = values.get("forward.backoff_max", Forward().backoff_max)
+    if cap < base:
+        yield (
+            f"[forward] backoff_max = {_toml(cap)}: shorter than backoff_base = {_toml(base)};"
+            " raise the one or lower the other"
+        )
+
+
+# --- what lies outside the file ---
+
+_KEY_PROBLEM = "upstream.write_key"
+
+
+def _settle_key(
+    values: dict[str, Any], origins: dict[str, str], environ: Mapping[str, str]
+) -> Iterator[str]:
+    """Put the write key that counts into *values*, or yield what is wrong with it."""
+    name = _KEY_PROBLEM
+    key: WriteKey | None = values.get(name)
+    try:
+        if path := values.get("upstream.write_key_file"):
+            name, origins[_KEY_PROBLEM] = f"upstream.write_key_file = {_toml(path)}", str(path)
+            key = _read_key(path)
+            if key is None:
+                yield f"{name}: the file is empty; put the write key into it"
+        elif key is None and (folder := environ.get("CREDENTIALS_DIRECTORY")):
+            name = f"upstream.write_key (systemd credential {CREDENTIAL})"
+            if (Path(folder) / CREDENTIAL).exists():
+                # The unit gives an empty one where no key was installed yet: that is none.
+                key = _read_key(Path(folder) / CREDENTIAL)
+            if key is not None:
+                origins[_KEY_PROBLEM] = f"credential {CREDENTIAL}"
+        if key is not None and not (key.reveal().isascii() and key.reveal().isprintable()):
+            key = None
+            yield (
+                f"{name}: a write key is one line of printable ASCII, and this is not;"
+                " copy it again from your workspace"
+            )
+    except OSError as exc:
+        key = None
+        yield f"{name}: cannot be read ({exc.strerror}); check the path and its permissions"
+    values[_KEY_PROBLEM] = key
+
+
+def _read_key(path: Path) -> WriteKey | None:
+    """Return the key in *path*, None if it is blank. What is not ASCII stays so, to be told later."""
+    with path.open("rb") as file:
+        text = file.read(_KEY_BYTES).decode("utf-8-sig", "replace").strip()
+    return WriteKey(text) if text else None
+
+
+def _file_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("upstream.ca_file", "upstream.client_cert", "upstream.client_key"):
+        path: Path | None = values.get(name)
+        if path is None:
+            continue
+        try:
+            with path.open("rb"):
+                pass
+        except OSError as exc:
+            yield (
+                f"{name} = {_toml(path)}: cannot be read ({exc.strerror});"
+                " check the path and its permissions"
+            )
+
+
+def _outbox_path(environ: Mapping[str, str], file: Path | None) -> tuple[Path, str]:
+    # systemd.exec(5): several directories are separated by colons; the unit's first is ours.
+    if state := environ.get("STATE_DIRECTORY", "").partition(":")[0]:
+        return Path(state) / "outbox.db", "environment STATE_DIRECTORY"
+    if file == SYSTEM_FILE:
+        # An operator's `status` has no STATE_DIRECTORY, and means the service's outbox.
+        return SYSTEM_STATE / "outbox.db", f"default beside {SYSTEM_FILE}"
+    return platformdirs.user_data_path(APP) / "outbox.db", "default"
+
+
+# --- writing values ---
+
+
+def _toml(value: object) -> str:
+    """Return *value* as it stands in TOML; None, and a path not chosen, is the empty text."""
+    match value:
+        case Seconds() | Bytes():
+            return f'"{value.text}"'
+        case int():
+            return str(value)
+        case tuple():
+            return f"[{', '.join(map(_toml, value))}]"
+        case None:
+            return '""'
+        case Path():
+            return _quoted("" if value == Path() else str(value))
+        case ProxyUrl():
+            return _quoted(without_credentials(value))
+        case _:
+            return _quoted(str(value))
+
+
+def _shown(key: _Key, raw: object) -> str:
+    """Return what a person gave, for an error message: short, on one line, and no secret in it."""
+    if key.base is WriteKey or (key.base is ProxyUrl and not isinstance(raw, str)):
+        return MASK
+    if key.help.check in {server_root, http_proxy} and isinstance(raw, str):
+        raw = without_credentials(raw)
+    text = _quoted(raw) if isinstance(raw, str) else json.dumps(raw, default=str)
+    return text if len(text) <= _COLUMNS else f"{text[:_COLUMNS]}..."
+
+
+def _bare(name: str) -> str:
+    return name if re.fullmatch(r"[\w-]+", name) else _quoted(name)
+
+
+def _quoted(text: str) -> str:
+    # Letters of any language stay readable; what would move the cursor or end the line does not.
+    return json.dumps(text, ensure_ascii=not text.isprintable())

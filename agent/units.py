@@ -1,0 +1,269 @@
+"""Values as people write them: durations, sizes, secrets, addresses. Pure.
+
+Owns their types and the forms that are accepted. A ValueError here is half a message to a person:
+what is wrong and what to write; whoever calls puts the file, key and value in front. What a type's
+`text` gives, its `parse` reads back as the same value. The configuration calls in.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+from decimal import Decimal
+from typing import Self
+from urllib.parse import SplitResult, urlsplit
+
+MASK = "********"
+
+KiB = 1024
+MiB = 1024 * KiB
+GiB = 1024 * MiB
+
+_UNITS_MS = {"d": 86_400_000, "h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
+_UNITS_BYTES = {
+    "GiB": GiB,
+    "GB": 1_000_000_000,
+    "MiB": MiB,
+    "MB": 1_000_000,
+    "KiB": KiB,
+    "KB": 1_000,
+    "B": 1,
+}
+
+# Twelve digits hold any value that is meant, and keep the arithmetic exact. Ranges are the keys'.
+_NUMBER = r"(\d{1,12}(?:\.\d{1,12})?)"
+
+# The largest unit first and each at most once, so that "5m 3m" is a slip and not eight minutes.
+_DURATION = re.compile(
+    r"\s*".join(rf"(?:{_NUMBER}\s*{unit}(?![a-z]))?" for unit in _UNITS_MS), re.ASCII
+)
+_SIZE = re.compile(rf"{_NUMBER}\s*({'|'.join(_UNITS_BYTES)})", re.ASCII)
+
+_SOCKET_PATH_BYTES = 107
+"""What fits into sun_path with its final zero. Source: unix(7)."""
+
+
+class Seconds(float):
+    """A duration in seconds, to the millisecond."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the duration that a person wrote. Raises ValueError, which says how to write it."""
+        if _is_number(value):
+            raise ValueError(f'a duration needs a unit: write "{value}s", or "{value}ms", m, h, d')
+        if not isinstance(value, str):
+            raise ValueError('expected a duration in quotes, such as "30s"')  # noqa: TRY004  # msgspec passes it on
+        found = _DURATION.fullmatch(value.strip())
+        if found is None or not any(found.groups()):
+            raise ValueError(
+                'expected a duration: numbers with the units d, h, m, s, ms, such as "30s" or "1h30m"'
+            )
+        wait_ms = sum(
+            Decimal(number) * unit_ms
+            for number, unit_ms in zip(found.groups(), _UNITS_MS.values(), strict=True)
+            if number is not None
+        )
+        if wait_ms != int(wait_ms):
+            raise ValueError("expected a duration of whole milliseconds")
+        return cls(int(wait_ms) / 1000)
+
+    @property
+    def text(self) -> str:
+        """The duration in its largest units: 5400 s is "1h30m"."""
+        rest_ms = round(self * 1000)
+        parts = []
+        for unit, unit_ms in _UNITS_MS.items():
+            number, rest_ms = divmod(rest_ms, unit_ms)
+            if number:
+                parts.append(f"{number}{unit}")
+        return "".join(parts) or "0s"
+
+
+class Bytes(int):
+    """A size in bytes."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Return the size that a person wrote. Raises ValueError, which says how to write it."""
+        if _is_number(value):
+            raise ValueError(f'a size needs a unit: write "{value}B", or KiB, MiB, GiB, KB, MB, GB')
+        if not isinstance(value, str):
+            raise ValueError('expected a size in quotes, such as "5MiB"')  # noqa: TRY004  # msgspec passes it on
+        found = _SIZE.fullmatch(value.strip())
+        if found is None:
+            raise ValueError(
+                "expected a size: a number with one of the units KiB, MiB, GiB (by 1024), KB, MB, GB"
+                ' (by 1000) or B, such as "5MiB"'
+            )
+        size = Decimal(found[1]) * _UNITS_BYTES[found[2]]
+        if size != int(size):
+            raise ValueError("expected a size of whole bytes")
+        return cls(size)
+
+    @property
+    def text(self) -> str:
+        """The size in the one unit that needs the smallest whole number: 5,242,880 is "5MiB"."""
+        unit = next(
+            unit for unit, size in _UNITS_BYTES.items() if (self and self % size == 0) or size == 1
+        )
+        return f"{self // _UNITS_BYTES[unit]}{unit}"
+
+
+class Secret:
+    """A text that shows itself only when asked to: repr, str and formatting give a mask."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """Return the text itself, for the one place that sends it."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return MASK
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and self._value == other._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+
+class WriteKey(Secret):
+    """The key of a workspace, bare or with a scheme ("Basic ...")."""
+
+    __slots__ = ()
+
+    @property
+    def authorization(self) -> str:
+        """The value of the Authorization header: as it is with a scheme, else as Bearer."""
+        key = self.reveal()
+        return key if " " in key else f"Bearer {key}"
+
+    @property
+    def bare(self) -> str:
+        """The key without a scheme: the value of the PublicWriteKey header."""
+        return self.reveal().partition(" ")[2].strip() or self.reveal()
+
+
+class ProxyUrl(str):
+    """An address that may hold a user and password, which its repr keeps to itself."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(without_credentials(self))
+
+
+# --- what a text may be, beyond its type: each returns it in one form, or says what to write ---
+
+
+def loopback(host: str) -> str:
+    try:
+        stays_here = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        stays_here = host == "localhost"
+    if not stays_here:
+        raise ValueError(
+            "not a loopback address. Whoever reaches the agent may post, so it listens on this"
+            ' machine alone: use "127.0.0.1", "::1" or "localhost"'
+        )
+    return host
+
+
+def host_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.]+\]", name, re.ASCII):
+            raise ValueError(
+                f"{json.dumps(name)} is not a host name. Give names alone, without scheme, port or"
+                ' wildcard, such as "till-7.local"'
+            )
+    return tuple(name.lower() for name in names)
+
+
+def web_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(_web_origin(origin) for origin in origins)
+
+
+def _web_origin(origin: str) -> str:
+    example = "https://shop.example"
+    if origin in {"*", "null"}:
+        raise ValueError(
+            f'"{origin}" would let pages of strangers post. Name each origin, such as "{example}"'
+        )
+    if not origin.isascii() or "://" not in origin:
+        raise ValueError(
+            f"{json.dumps(origin)} is not an origin. Write it as browsers send it:"
+            f' scheme://host[:port], such as "{example}"'
+        )
+    parts = _split(origin)
+    default_port = {"http": 80, "https": 443}.get(parts.scheme)
+    host = parts.netloc.lower().removesuffix(f":{default_port}")
+    if parts.path or parts.query or parts.fragment or "@" in host or origin.endswith(("?", "#")):
+        raise ValueError(
+            "an origin has no path, user or query: write"
+            f' "{parts.scheme}://{host.rpartition("@")[2]}"'
+        )
+    return f"{parts.scheme}://{host}"
+
+
+def server_root(url: str) -> str:
+    if not url:
+        return url
+    if "://" not in url:
+        raise ValueError('expected an address with its scheme, such as "https://app.tranthor.com"')
+    parts = _split(url)
+    if parts.scheme not in {"http", "https"}:
+        raise ValueError(f"{parts.scheme}:// is not spoken here: use https://")
+    if "@" in parts.netloc:
+        raise ValueError("an address holds no user or password; the key belongs in write_key_file")
+    root = f"{parts.scheme}://{parts.netloc.lower()}"
+    if parts.path.strip("/") or "?" in url or "#" in url:
+        raise ValueError(
+            "expected the server's root, since the agent adds the path itself:"
+            f' write url = "{root}"'
+        )
+    return root
+
+
+def http_proxy(url: ProxyUrl) -> ProxyUrl:
+    if "://" not in url or _split(url).scheme not in {"http", "https"}:
+        raise ValueError('expected the address of an HTTP proxy, such as "http://proxy.local:3128"')
+    return url
+
+
+def socket_path(path: str) -> str:
+    if path and not path.startswith("/"):
+        raise ValueError('expected a whole path, such as "/run/tranthor-agent/ingest.sock"')
+    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+        raise ValueError(f"the path of a socket has at most {_SOCKET_PATH_BYTES} bytes: shorten it")
+    return path
+
+
+def without_credentials(url: str) -> str:
+    """Return *url*, well formed or not, with user, password, query and fragment masked."""
+    url = re.sub(r"^([a-zA-Z][a-zA-Z0-9+.-]*://)?.*@", rf"\1{MASK}@", url, flags=re.DOTALL)
+    return re.sub(r"([?#]).*", rf"\1{MASK}", url, flags=re.DOTALL)
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError("expected scheme://host[:port]; host or port cannot be read") from None
+    if not parts.hostname or port == 0 or " " in url:
+        raise ValueError("expected scheme://host[:port]; there is no host, or a space")
+    return parts
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
