@@ -35,6 +35,8 @@ _KEEPALIVE_S = 60.0
 _ANSWER_BYTES = 65_536
 """How much of an answer is read; the API's are empty or short."""
 
+_MASK = b"********"
+
 
 class Upstream(Protocol):
     """Whatever takes one event and says what became of it."""
@@ -101,6 +103,7 @@ class HttpUpstream:
         self._session = session
         self._root = target.url.rstrip("/")
         self._proxy = target.proxy
+        self._key = target.bare_key.encode()
         self._clock = clock
 
     async def send(self, kind: Kind, body: bytes) -> Outcome:
@@ -113,7 +116,8 @@ class HttpUpstream:
                 allow_redirects=False,
                 proxy=self._proxy,
             ) as response:
-                answer = await response.content.read(_ANSWER_BYTES)
+                # Answers are kept and shown: one that quotes the key must not take it there.
+                answer = (await response.content.read(_ANSWER_BYTES)).replace(self._key, _MASK)
                 return classify(
                     Response(status=response.status, headers=response.headers, body=answer),
                     now_ms=self._clock.wall_ms(),

@@ -18,6 +18,9 @@ _LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _GZIP_OR_ZLIB = 47
 """zlib's wbits: 32 detects either header, 15 is the largest window (zlib manual, inflateInit2)."""
 
+_PREFLIGHT_AGE_S = "600"
+"""How long a browser may remember a preflight: ten minutes, so that a change is soon in force."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guard:
@@ -30,6 +33,25 @@ class Guard:
     def judge(self, headers: Mapping[str, str]) -> Answer | None:
         """Return the refusal that the head has earned; None if the body may be read."""
         return self._judge_host(headers) or self._judge_origin(headers) or self._judge_body(headers)
+
+    def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """Return the headers that let an allowed page read the answer; none for anybody else.
+
+        Source: Fetch standard, CORS protocol; Private Network Access for the last one.
+        """
+        origin = headers.get("Origin")
+        if origin is None or origin not in self.allowed_origins:
+            return {}
+        granted = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        if "Access-Control-Request-Method" in headers:
+            granted["Access-Control-Allow-Methods"] = "POST"
+            granted["Access-Control-Allow-Headers"] = headers.get(
+                "Access-Control-Request-Headers", "content-type"
+            )
+            granted["Access-Control-Max-Age"] = _PREFLIGHT_AGE_S
+        if "Access-Control-Request-Private-Network" in headers:
+            granted["Access-Control-Allow-Private-Network"] = "true"
+        return granted
 
     def _judge_host(self, headers: Mapping[str, str]) -> Answer | None:
         host = headers.get("Host", "")

@@ -55,7 +55,11 @@ class Server:
         response = web.Response(
             status=answer.status,
             body=answer.body or None,
-            headers={"Server": "tranthor-agent", **answer.headers},
+            headers={
+                "Server": "tranthor-agent",
+                **answer.headers,
+                **self._guard.cors(request.headers),
+            },
         )
         if answer.body:
             response.headers["Content-Type"] = answer.content_type
@@ -67,6 +71,8 @@ class Server:
         path, _, _ = request.raw_path.partition("?")
         if not path.startswith("/"):
             return refuse(400, "AGENT_BAD_TARGET", "request target: expected a path", close=True)
+        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+            return Answer(status=204)  # the preflight of an allowed page; cors() says what it may
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await self._read_body(request)
@@ -139,7 +145,7 @@ async def serving(
                 "set ingest.unix_socket to another path",
             )
             # Whoever may enter its folder may post; the umask would have shut out the group.
-            Path(unix_socket).chmod(0o660)
+            Path(unix_socket).chmod(0o660)  # noqa: ASYNC240  # one local call
         yield [_shown(address) for address in runner.addresses]
     finally:
         await runner.cleanup()
