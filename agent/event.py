@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any, Literal
 
 import msgspec
@@ -52,7 +53,7 @@ class Event:
 
 
 class _File(msgspec.Struct, rename="camel"):
-    type: Literal["Base64Encoded"]
+    type: str
     name: str
     mime_type: str
     data: str
@@ -178,42 +179,62 @@ def _check_tree(raw: bytes, fields: dict[str, Any]) -> None:
         and not _HUGE_INTEGER.search(raw)
     ):
         return
-    for path, value, depth in _walk(fields):
+    for trail, value, depth in _walk(fields):
         match value:
             case dict() | list() if depth > MAX_DEPTH:
                 raise _too_deep()
             case dict() if "__proto__" in value:
-                raise InvalidEventError(
-                    f"{_join(path, '__proto__')}: a key of this name is refused"
-                )
+                raise _forbidden_key((trail, "__proto__"))
             case {"constructor": {"prototype": _}}:
-                raise InvalidEventError(
-                    f"{_join(path, 'constructor.prototype')}: a key of this name is refused"
-                )
+                raise _forbidden_key((trail, "constructor.prototype"))
             case int() if abs(value) > _MAX_NUMBER:
-                raise InvalidEventError(f"{path}: number out of range (over about 1.8e308)")
+                raise InvalidEventError(f"{_path(trail)}: number out of range (over about 1.8e308)")
             case _:
                 pass
 
 
-def _walk(fields: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
-    """Yield (path, value, depth) of every value; containers above their contents, the root at depth 1."""
-    stack: list[tuple[str, Any, int]] = [("", fields, 1)]
+_Trail = tuple[Any, str | int] | None
+"""The way to a value: the trail of its container and its key or index; None for the root.
+
+Linked and not joined: a text for each value would take their product where a long key has many.
+"""
+
+
+def _walk(fields: dict[str, Any]) -> Iterator[tuple[_Trail, Any, int]]:
+    """Yield (trail, value, depth) of every value, containers above their contents, the root at 1."""
+    stack: list[tuple[_Trail, Any, int]] = [(None, fields, 1)]
     while stack:
-        path, value, depth = stack.pop()
-        yield path, value, depth
+        trail, value, depth = stack.pop()
+        yield trail, value, depth
         if isinstance(value, dict):
-            stack.extend((_join(path, key), item, depth + 1) for key, item in value.items())
+            stack.extend(((trail, key), item, depth + 1) for key, item in value.items())
         elif isinstance(value, list):
-            stack.extend((f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value))
+            stack.extend(((trail, i), item, depth + 1) for i, item in enumerate(value))
+
+
+def _path(trail: _Trail) -> str:
+    steps: list[str | int] = []
+    while trail is not None:
+        trail, step = trail
+        steps.append(step)
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in reversed(steps))
+    return _shorten(text.removeprefix("."))
+
+
+def _forbidden_key(trail: _Trail) -> InvalidEventError:
+    return InvalidEventError(f"{_path(trail)}: a key of this name is refused")
 
 
 def _too_deep() -> InvalidEventError:
     return InvalidEventError(f"body: nested deeper than {MAX_DEPTH} levels; flatten it")
 
 
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+_SHOWN_CHARS = 100
+"""How much of a name or value from the body an answer quotes."""
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
 
 
 # --- types --------------------------------------------------------------------------------------
@@ -224,7 +245,14 @@ def _check_types(fields: dict[str, Any]) -> None:
         msgspec.convert(fields, _Track)
     except msgspec.ValidationError as exc:
         raise InvalidEventError(_field_first(str(exc))) from exc
+    for i, file in enumerate(fields.get("files") or ()):
+        if file["type"] != _FILE_TYPE:
+            raise InvalidEventError(
+                f'files[{i}].type: expected "{_FILE_TYPE}", got {_shorten(repr(file["type"]))}'
+            )
 
+
+_FILE_TYPE = "Base64Encoded"
 
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _EXPECTED = re.compile(r"^Expected `(?P<expected>.*)`, got `(?P<got>.*)`$")
@@ -249,7 +277,7 @@ def _field_first(message: str) -> str:
         raise AssertionError(message)
     what, path = at["what"], at["path"] or ""
     if missing := _MISSING.match(what):
-        return f"{_join(path, missing['name'])}: required, but missing"
+        return f"{path}{'.' if path else ''}{missing['name']}: required, but missing"
     if expected := _EXPECTED.match(what):
         wanted = _JSON_WORDS.get(expected["expected"], expected["expected"])
         got = _JSON_WORDS.get(expected["got"], expected["got"])
@@ -277,27 +305,37 @@ def _lower_first(text: str) -> str:
     return text if text[1:2].isupper() else text[:1].lower() + text[1:]
 
 
-_EXACT_FLOAT_LIMIT = 1e21
-"""From here on ECMAScript writes a whole number with an exponent (ECMA-262, Number::toString)."""
-
-
 def _identifier(name: str, value: _Identifier) -> str:
     """Return an id as the string that the upstream would make of it."""
     match value:
         case "":
             raise InvalidEventError(f"{name}: must not be empty")
-        case str():
-            return value
-        case float() if value.is_integer() and abs(value) < _EXACT_FLOAT_LIMIT:
-            return str(int(value))
+        case float():
+            return _ecmascript(value)
         case _:
             return str(value)
 
 
+def _ecmascript(value: float) -> str:
+    """Return a number as the upstream writes it. Source: ECMA-262, Number::toString."""
+    if value.is_integer() and abs(value) < 1e21:
+        return str(int(value))
+    if 1e-6 <= abs(value) < 1e21:
+        return f"{Decimal(repr(value)):f}"
+    digits, _, exponent = repr(value).partition("e")
+    return f"{digits}e{int(exponent):+d}"
+
+
 _RFC3339 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?"
-    r"(?P<zone>Z|[+-][0-9]{2}:[0-9]{2})?"
+    r"(?P<zone>Z|[+-][0-2][0-9]:[0-5][0-9])?"
 )
+_ISO8601 = re.compile(
+    r"[0-9]{4}(?P<dash>-?)[0-9]{2}(?P=dash)[0-9]{2}"
+    r"([T ][0-9]{2}(:?[0-9]{2}(:?[0-9]{2}([.,][0-9]+)?)?)?(Z|[+-][0-2][0-9](:?[0-5][0-9])?)?)?",
+    re.IGNORECASE,
+)
+"""Calendar dates and times, basic and extended; Python reads more, the upstream does not."""
 
 
 def _timestamp(text: str) -> str:
@@ -306,20 +344,16 @@ def _timestamp(text: str) -> str:
     Other ISO 8601 notations are rewritten, because the upstream stores what it cannot read as 1970.
     """
     try:
-        # Python reads ISO week dates; the upstream does not.
-        instant = None if "W" in text else datetime.fromisoformat(text.upper())
-        if match := _RFC3339.fullmatch(text):
-            if instant is not None:
-                return text if match["zone"] else f"{text}Z"
-        elif instant is not None:
+        instant = datetime.fromisoformat(text.upper()) if _ISO8601.fullmatch(text) else None
+        if instant is not None and (match := _RFC3339.fullmatch(text)):
+            return text if match["zone"] else f"{text}Z"
+        if instant is not None:
             aware = instant if instant.tzinfo else instant.replace(tzinfo=UTC)
-            return (
-                f"{aware.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='milliseconds')}Z"
-            )
+            utc = aware.astimezone(UTC).replace(tzinfo=None)
+            return f"{utc.isoformat(timespec='milliseconds')}Z"
     except (ValueError, OverflowError):
         pass
-    shown = text if len(text) <= 40 else f"{text[:40]}…"
     raise InvalidEventError(
         f"timestamp: expected an ISO 8601 date and time such as 2026-11-23T10:00:00.000Z,"
-        f" got {shown!r}; leave it out to use the time of receipt"
+        f" got {_shorten(repr(text))}; leave it out to use the time of receipt"
     )
