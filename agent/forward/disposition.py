@@ -8,7 +8,7 @@
 | 400, 413, 415, 422 in its own voice                 | Rejected      | Bury          | well         |
 | 500 and other 5xx of its own                        | Failed        | Retry or Bury | suspect      |
 | 408, 425, 429, 502-504, 52x, time-out, network      | Unavailable   | unchanged     | backs off    |
-| 401, 403, 404, 405, 3xx, HTML, any other answer     | Misconfigured | unchanged     | held         |
+| 401, 403, 404, 405, 511, 3xx, HTML, anything else   | Misconfigured | unchanged     | held         |
 
 What nobody foresaw is held: that loses nothing and is loud.
 """
@@ -35,6 +35,7 @@ _ANSWER_CHARS = 500
 
 _BUSY = frozenset({408, 425, 429, 502, 503, 504})
 _CLOUDFLARE_ORIGIN_ERRORS = range(520, 528)
+_NETWORK_LOGIN = 511  # RFC 6585, section 6: never from the origin, always from a network in between
 _EVENT_AT_FAULT = frozenset({400, 413, 415, 422})
 
 
@@ -116,7 +117,7 @@ def classify(response: Response, *, now_ms: int) -> Outcome:
             why=f"the upstream answers {status} {answer}".rstrip(),
             retry_after_s=retry_after_s(response.headers.get("Retry-After"), now_ms=now_ms),
         )
-    if status >= 500:
+    if status >= 500 and status != _NETWORK_LOGIN:
         return Failed(status, answer)
     if status == 413:
         return Rejected(status, answer)
@@ -124,7 +125,7 @@ def classify(response: Response, *, now_ms: int) -> Outcome:
         if re.search(r"\bheaders\b.*\bauthorization\b", answer, re.IGNORECASE):
             return Misconfigured(f"{status}: {answer}; the write key is not sent as it must be")
         return Rejected(status, answer)
-    return Misconfigured(_why_held(status, answer))
+    return Misconfigured(_why_held(status, answer.rstrip(".")))
 
 
 def settlement(
@@ -201,6 +202,8 @@ def _why_held(status: int, answer: str) -> str:
             remedy = "the write key or a firewall between here and the upstream forbids it"
         case 404 | 405:
             remedy = "check upstream.url: it must be the server's root, without a path"
+        case 511:
+            remedy = "a captive portal: log in to the network on this machine"
         case 407:
             remedy = "the proxy wants credentials (upstream.proxy)"
         case _:

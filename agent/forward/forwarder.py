@@ -72,6 +72,7 @@ class Flow:
     reason: str
     next_attempt_in_s: float | None
     last_error: str | None
+    last_error_ms: int | None
     in_flight: int
     parked_users: int
     ambiguous: int
@@ -122,6 +123,7 @@ class Forwarder:
         self._delivered = 0
         self._ambiguous = 0
         self._last_error: str | None = None
+        self._last_error_ms: int | None = None
 
     # --- what a person may ask ---
 
@@ -151,6 +153,7 @@ class Forwarder:
             if waits and opens_at_s is not None
             else None,
             last_error=self._last_error,
+            last_error_ms=self._last_error_ms,
             in_flight=self._in_flight,
             parked_users=self._lanes.parked,
             ambiguous=self._ambiguous,
@@ -331,21 +334,25 @@ class Forwarder:
             case Delivered():
                 self._breaker.succeed(ticket)
             case Rejected(status, answer):
-                self._last_error = f"{status}: {answer}"
+                self._note_error(f"{status}: {answer}")
                 self._breaker.succeed(ticket)
             case Failed(status, answer):
-                self._last_error = f"the upstream answers {status} {answer}".rstrip()
-                self._breaker.falter(ticket, now_s, self._last_error)
+                why = self._note_error(f"the upstream answers {status} {answer}".rstrip())
+                self._breaker.falter(ticket, now_s, why)
             case Unavailable(why=why, retry_after_s=retry_after_s, ambiguous=ambiguous):
-                self._last_error = why
+                self._note_error(why)
                 self._ambiguous += ambiguous
                 self._breaker.fail(ticket, now_s, why, retry_after_s=retry_after_s)
             case Misconfigured(why):
-                self._last_error = why
+                self._note_error(why)
                 self._breaker.hold(ticket, now_s, why)
             case _:
                 assert_never(outcome)
         self._log_change(before)
+
+    def _note_error(self, text: str) -> str:
+        self._last_error, self._last_error_ms = text, self._clock.wall_ms()
+        return text
 
     def _log_change(self, before: FlowState) -> None:
         state, reason = self._state()

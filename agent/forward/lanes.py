@@ -80,8 +80,10 @@ class Lanes:
                 self._hold(lane, head)
 
     def starved(self) -> tuple[int, int] | None:
-        """Return (lane, last seq) of a lane that must be read on, or None."""
-        return (self._starved[0].key, self._starved[0].last_seq) if self._starved else None
+        """Return (lane, last seq) of a lane that must be read on and may, or None."""
+        if not self._starved or not self.room:
+            return None
+        return self._starved[0].key, self._starved[0].last_seq
 
     def read_on(self, heads: list[Head], *, complete: bool) -> None:
         """Take in the next events of the lane that `starved` named; *complete* if up to the cursor."""

@@ -84,12 +84,6 @@ async def open_upstream(
             sock_connect=target.connect_timeout_s,
             sock_read=target.timeout_s,
         ),
-        headers={
-            "Authorization": target.authorization,
-            "PublicWriteKey": target.bare_key,
-            "Content-Type": "application/json",
-            "User-Agent": f"tranthor-agent/{__version__}",
-        },
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
     ) as session:
@@ -104,6 +98,13 @@ class HttpUpstream:
         self._root = target.url.rstrip("/")
         self._proxy = target.proxy
         self._key = target.bare_key.encode()
+        # Of each request, not of the session: those would go to a proxy with CONNECT, in the clear.
+        self._headers = {
+            "Authorization": target.authorization,
+            "PublicWriteKey": target.bare_key,
+            "Content-Type": "application/json",
+            "User-Agent": f"tranthor-agent/{__version__}",
+        }
         self._clock = clock
 
     async def send(self, kind: Kind, body: bytes) -> Outcome:
@@ -112,18 +113,26 @@ class HttpUpstream:
             async with self._session.post(
                 f"{self._root}/api/public/apps/{kind}",
                 data=io.BytesIO(body),
-                headers={"Content-Length": str(len(body))},
+                headers={**self._headers, "Content-Length": str(len(body))},
                 allow_redirects=False,
                 proxy=self._proxy,
             ) as response:
                 # Answers are kept and shown: one that quotes the key must not take it there.
-                answer = (await response.content.read(_ANSWER_BYTES)).replace(self._key, _MASK)
+                answer = (await _read(response)).replace(self._key, _MASK)
                 return classify(
                     Response(status=response.status, headers=response.headers, body=answer),
                     now_ms=self._clock.wall_ms(),
                 )
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
             return _outcome_of(exc)
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """Return the answer whole, or its beginning: half of one may mean something else."""
+    answer = bytearray()
+    while len(answer) < _ANSWER_BYTES and (piece := await response.content.readany()):
+        answer += piece
+    return bytes(answer[:_ANSWER_BYTES])
 
 
 @dataclass(frozen=True, slots=True)

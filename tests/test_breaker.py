@@ -1,0 +1,433 @@
+"""The breaker's states, and that it never lets out more, or sooner, than they allow."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from math import inf
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from agent.forward.backoff import Backoff
+from agent.forward.breaker import FALTERS, Breaker, Closed, HalfOpen, Held, Open, State, Ticket
+
+CAP_S = 300.0
+HOLD_PROBE_S = 60.0
+
+
+def breaker(ceiling: int = 8, seed: int = 1) -> Breaker:
+    return Breaker(
+        Backoff(base_s=1.0, cap_s=CAP_S),
+        ceiling=ceiling,
+        hold_probe_s=HOLD_PROBE_S,
+        rng=random.Random(seed),
+    )
+
+
+def admitted(link: Breaker, now_s: float = 0.0, in_flight: int = 0) -> Ticket:
+    ticket = link.admit(now_s, in_flight=in_flight)
+    assert ticket is not None
+    return ticket
+
+
+def limit(link: Breaker) -> int:
+    """How many may be in flight."""
+    return next(n for n in range(100) if link.admit(0.0, in_flight=n) is None)
+
+
+def failures(link: Breaker) -> int:
+    """How many failures in a row an open breaker counts."""
+    state = link.state
+    assert isinstance(state, Open)
+    return state.failures
+
+
+def kind(link: Breaker) -> type[State]:
+    return type(link.state)
+
+
+def opened(link: Breaker) -> float:
+    opens_at_s = link.opens_at_s()
+    assert opens_at_s is not None
+    return opens_at_s
+
+
+# --- closed ------------------------------------------------------------------------------------------
+
+
+def test_a_new_breaker_sends_one_event_and_no_more_beside_it() -> None:
+    link = breaker()
+    assert link.opens_at_s() is None
+    assert not admitted(link).probe
+    assert link.admit(0.0, in_flight=1) is None
+
+
+def test_the_limit_doubles_with_each_success_up_to_the_ceiling() -> None:
+    link = breaker(ceiling=12)
+    found = []
+    for _ in range(6):
+        found.append(limit(link))
+        link.succeed(admitted(link))
+    assert found == [1, 2, 4, 8, 12, 12]
+
+
+def test_a_ceiling_of_one_stays_one() -> None:
+    link = breaker(ceiling=1)
+    for _ in range(3):
+        link.succeed(admitted(link))
+        assert limit(link) == 1
+
+
+# --- opening -----------------------------------------------------------------------------------------
+
+
+def test_one_failure_stops_all_sending_until_the_wait_is_over() -> None:
+    link = breaker()
+    link.fail(admitted(link), 10.0, "refused")
+    until_s = opened(link)
+    assert link.state == Open(until_s, 1, "refused")
+    assert 10.0 <= until_s <= 11.0
+    assert link.admit(until_s - 1e-6, in_flight=0) is None
+    assert admitted(link, until_s).probe
+
+
+def test_the_wait_grows_with_failures_in_a_row_only() -> None:
+    link = breaker()
+    counts = []
+    for _ in range(5):
+        link.fail(admitted(link, 1e9), 1e9, "refused")
+        counts.append(failures(link))
+        link.flush(1e9)
+    assert counts == [1, 2, 3, 4, 5]
+    link.succeed(admitted(link, 1e9))
+    link.fail(admitted(link, 1e9), 1e9, "refused")
+    assert failures(link) == 1
+
+
+def test_retry_after_is_the_least_that_is_waited_and_jitter_comes_behind() -> None:
+    waits_s = set()
+    for seed in range(50):
+        link = breaker(seed=seed)
+        link.fail(admitted(link), 0.0, "429", retry_after_s=120.0)
+        waits_s.add(opened(link))
+    assert all(120.0 <= wait_s <= 121.0 for wait_s in waits_s)
+    assert len(waits_s) > 40
+
+
+def test_5xx_in_a_row_are_the_links_and_one_alone_is_not() -> None:
+    link = breaker()
+    for _ in range(FALTERS - 1):
+        link.falter(admitted(link), 0.0, "500")
+        assert kind(link) is Closed
+    link.falter(admitted(link), 0.0, "500")
+    assert kind(link) is Open
+
+
+def test_a_success_between_them_starts_the_count_of_5xx_anew() -> None:
+    link = breaker()
+    for _ in range(5 * FALTERS):
+        link.falter(admitted(link), 0.0, "500")
+        link.succeed(admitted(link))
+    assert kind(link) is Closed
+
+
+def test_the_count_of_5xx_starts_anew_after_an_outage() -> None:
+    link = breaker()
+    link.falter(admitted(link), 0.0, "500")
+    link.fail(admitted(link), 0.0, "refused")
+    link.succeed(admitted(link, 1e9))
+    for _ in range(FALTERS - 1):
+        link.falter(admitted(link, 1e9), 1e9, "500")
+    assert kind(link) is Closed
+
+
+# --- half open ---------------------------------------------------------------------------------------
+
+
+def half_open(link: Breaker) -> Ticket:
+    link.fail(admitted(link), 0.0, "refused")
+    return admitted(link, 1e9)
+
+
+def test_a_half_open_breaker_has_one_probe_out() -> None:
+    link = breaker()
+    assert half_open(link).probe
+    assert kind(link) is HalfOpen
+    assert link.opens_at_s() is None
+    assert link.admit(1e12, in_flight=0) is None
+
+
+def test_a_probe_that_succeeds_begins_again_at_one() -> None:
+    link = breaker()
+    link.succeed(half_open(link))
+    assert link.state == Closed(1)
+
+
+def test_a_probe_answered_5xx_opens_again() -> None:
+    link = breaker()
+    link.falter(half_open(link), 1e9, "500")
+    assert failures(link) == 2
+
+
+def test_a_probe_that_was_not_sent_may_be_taken_again_at_once() -> None:
+    link = breaker()
+    link.cancel(half_open(link), 1e9)
+    assert failures(link) == 1
+    assert admitted(link, 1e9).probe
+
+
+def test_a_probe_of_a_hold_that_was_not_sent_leaves_the_hold() -> None:
+    link = breaker()
+    link.hold(admitted(link), 0.0, "401")
+    link.cancel(admitted(link, 1e9), 1e9)
+    assert link.state == Held(1e9, "401")
+
+
+def test_cancelling_an_ordinary_ticket_changes_nothing() -> None:
+    link = breaker()
+    link.cancel(admitted(link), 0.0)
+    assert link.state == Closed(1)
+
+
+# --- held --------------------------------------------------------------------------------------------
+
+
+def test_a_misconfiguration_holds_and_is_probed_rarely() -> None:
+    waits_s = set()
+    for seed in range(50):
+        link = breaker(seed=seed)
+        link.hold(admitted(link), 100.0, "401")
+        assert kind(link) is Held
+        assert link.admit(opened(link) - 1e-6, in_flight=0) is None
+        waits_s.add(opened(link) - 100.0)
+        assert admitted(link, opened(link)).probe
+    assert all(HOLD_PROBE_S / 2 <= wait_s <= HOLD_PROBE_S for wait_s in waits_s)
+    assert len(waits_s) > 40
+
+
+def test_a_probe_of_a_hold_ends_it_prolongs_it_or_finds_the_link_down() -> None:
+    link = breaker()
+    link.hold(admitted(link), 0.0, "401")
+    link.hold(admitted(link, 1e6), 1e6, "still 401")
+    assert kind(link) is Held
+    assert opened(link) > 1e6
+    link.fail(admitted(link, 2e6), 2e6, "refused")
+    assert failures(link) == 1
+    link.hold(admitted(link, 3e6), 3e6, "401")
+    link.succeed(admitted(link, 4e6))
+    assert link.state == Closed(1)
+
+
+# --- flush -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [Breaker.fail, Breaker.hold])
+def test_flush_lets_one_probe_go_now(stop: object) -> None:
+    link = breaker()
+    if stop is Breaker.fail:
+        link.fail(admitted(link), 0.0, "429", retry_after_s=3600.0)
+    else:
+        link.hold(admitted(link), 0.0, "401")
+    assert link.admit(0.0, in_flight=0) is None
+    link.flush(0.0)
+    assert admitted(link).probe
+    assert link.admit(0.0, in_flight=0) is None
+
+
+def test_flush_forgets_no_failure() -> None:
+    link = breaker()
+    link.fail(admitted(link), 0.0, "refused")
+    link.flush(0.0)
+    link.fail(admitted(link), 0.0, "refused")
+    assert failures(link) == 2
+
+
+def test_flush_changes_nothing_while_events_flow_or_a_probe_is_out() -> None:
+    link = breaker()
+    link.flush(0.0)
+    assert kind(link) is Closed
+    half_open(link)
+    link.flush(1e9)
+    assert kind(link) is HalfOpen
+    assert link.admit(1e9, in_flight=0) is None
+
+
+# --- stale tickets -----------------------------------------------------------------------------------
+
+
+def test_answers_to_what_was_in_flight_when_the_link_broke_count_once() -> None:
+    link = breaker()
+    for _ in range(4):
+        link.succeed(admitted(link))
+    first, *others = [admitted(link, in_flight=n) for n in range(8)]
+    link.fail(first, 0.0, "refused")
+    before, until_s = link.state, opened(link)
+    for n, ticket in enumerate(others):
+        (link.fail, link.falter, link.hold)[n % 3](ticket, 500.0, "refused, too")
+        link.succeed(ticket)
+        link.cancel(ticket, 500.0)
+    assert link.state == before
+    assert opened(link) == until_s
+
+
+def test_a_late_success_does_not_stand_in_for_the_probe() -> None:
+    link = breaker()
+    link.succeed(admitted(link))
+    first, late = admitted(link), admitted(link, in_flight=1)
+    link.fail(first, 0.0, "refused")
+    probe = admitted(link, 1e9)
+    link.succeed(late)
+    assert kind(link) is HalfOpen
+    link.succeed(probe)
+    assert link.state == Closed(1)
+
+
+def test_a_ticket_counts_once_for_its_state() -> None:
+    link = breaker()
+    probe = half_open(link)
+    link.succeed(probe)
+    link.fail(probe, 1e9, "refused")
+    assert link.state == Closed(1)
+
+
+# --- any history -------------------------------------------------------------------------------------
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """Sends, answers in any order, flushes and time, and what must hold whatever comes."""
+
+    @initialize(ceiling=st.integers(1, 9), seed=st.integers())
+    def begin(self, ceiling: int, seed: int) -> None:
+        self.ceiling = ceiling
+        self.now_s = 1000.0
+        self.link = breaker(ceiling=ceiling, seed=seed)
+        # What is in flight, and in which period between two changes of state it was sent.
+        self.in_flight: list[tuple[Ticket, int]] = []
+        self.period = 0
+        self.probes = 0
+        self.falters = 0
+        self.closed_to_s = 0.0
+
+    def answer(
+        self, data: st.DataObject, tell: Callable[[Ticket], None], wait_s: tuple[float, float]
+    ) -> bool:
+        """Answer one that is in flight; return whether that counts. A wait it begins is in *wait_s*."""
+        ticket, period = self.in_flight.pop(data.draw(st.integers(0, len(self.in_flight) - 1)))
+        self.probes -= ticket.probe and period == self.period
+        before = self.link.state
+        tell(ticket)
+        if period != self.period:
+            assert self.link.state == before, "a late answer counted"
+            return False
+        if type(self.link.state) is not type(before):
+            self.changed()
+        until_s = self.link.opens_at_s()
+        if until_s is not None:
+            least_s, most_s = wait_s
+            assert least_s - 1e-6 <= until_s - self.now_s <= most_s + 1e-6
+            self.closed_to_s = until_s
+        return True
+
+    def changed(self) -> None:
+        self.period += 1
+        self.falters = 0
+
+    @rule(wait_s=st.one_of(st.floats(0.0, 2.0), st.floats(0.0, 5000.0)))
+    def pass_time(self, wait_s: float) -> None:
+        self.now_s += wait_s
+
+    @rule()
+    def pass_time_to_the_instant(self) -> None:
+        self.now_s = max(self.now_s, self.link.opens_at_s() or 0.0)
+
+    @rule(most=st.integers(1, 9))
+    def send(self, most: int) -> None:
+        for _ in range(most):
+            ticket = self.link.admit(self.now_s, in_flight=len(self.in_flight))
+            if ticket is None:
+                return
+            assert self.now_s >= self.closed_to_s, "admitted before the wait was over"
+            assert not self.probes, "admitted beside a probe"
+            if ticket.probe:
+                self.probes += 1
+                self.changed()
+            else:
+                assert len(self.in_flight) < self.ceiling
+            self.in_flight.append((ticket, self.period))
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def succeed(self, data: st.DataObject) -> None:
+        if self.answer(data, self.link.succeed, (inf, inf)):
+            assert type(self.link.state) is Closed
+            self.falters = 0
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def falter(self, data: st.DataObject) -> None:
+        enough = self.probes or self.falters + 1 >= FALTERS
+        if self.answer(
+            data, lambda ticket: self.link.falter(ticket, self.now_s, "500"), (0, CAP_S)
+        ):
+            assert type(self.link.state) is (Open if enough else Closed)
+            self.falters = 0 if enough else self.falters + 1
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data(), retry_after_s=st.one_of(st.none(), st.floats(0.0, 3600.0)))
+    def fail(self, data: st.DataObject, retry_after_s: float | None) -> None:
+        def tell(ticket: Ticket) -> None:
+            self.link.fail(ticket, self.now_s, "refused", retry_after_s=retry_after_s)
+
+        asked_s = retry_after_s or 0.0
+        if self.answer(data, tell, (asked_s, asked_s + CAP_S)):
+            assert type(self.link.state) is Open
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        wait_s = (HOLD_PROBE_S / 2, HOLD_PROBE_S)
+        if self.answer(data, lambda ticket: self.link.hold(ticket, self.now_s, "401"), wait_s):
+            assert type(self.link.state) is Held
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.answer(data, lambda ticket: self.link.cancel(ticket, self.now_s), (0.0, 0.0))
+
+    @rule()
+    def flush(self) -> None:
+        before = self.link.state
+        self.link.flush(self.now_s)
+        assert type(self.link.state) is type(before)
+        self.closed_to_s = min(self.closed_to_s, self.now_s)
+
+    @invariant()
+    def one_probe_at_most(self) -> None:
+        if hasattr(self, "link"):
+            assert self.probes == isinstance(self.link.state, HalfOpen)
+
+    @invariant()
+    def the_limit_is_within_the_ceiling(self) -> None:
+        if hasattr(self, "link") and isinstance(self.link.state, Closed):
+            assert 1 <= self.link.state.limit <= self.ceiling
+
+    @invariant()
+    def waiting_ends_at_a_known_instant(self) -> None:
+        if hasattr(self, "link"):
+            waits = isinstance(self.link.state, Open | Held)
+            assert (self.link.opens_at_s() is not None) == waits
+
+    def teardown(self) -> None:
+        """Whatever happened: time, and one good answer, let events flow again."""
+        if hasattr(self, "link"):
+            for ticket, _ in self.in_flight:
+                self.link.cancel(ticket, self.now_s)
+            self.link.succeed(admitted(self.link, self.now_s + CAP_S + 3600.0))
+            assert isinstance(self.link.state, Closed)
+
+
+AnyHistory.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestAnyHistory = AnyHistory.TestCase

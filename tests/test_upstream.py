@@ -1,0 +1,717 @@
+"""One call to an upstream that misbehaves in every way there is, over real sockets and real TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent.clock import SystemClock
+from agent.console.sandbox import Fault, Sandbox
+from agent.forward.disposition import (
+    Delivered,
+    Failed,
+    Misconfigured,
+    Outcome,
+    Rejected,
+    Unavailable,
+)
+from agent.forward.upstream import Refusing, Target, open_upstream
+
+KEY = "wk-5up3r-s3cr3t"
+BODY = '{"event":"Café","userId":"u1","messageId":"m1"}'.encode()
+DEADLINE_S = 10.0
+
+PORTAL = b"<html><body>Please log in</body></html>"
+
+
+def target(url: str) -> Target:
+    return Target(
+        url=url,
+        authorization=f"Bearer {KEY}",
+        bare_key=KEY,
+        connect_timeout_s=5.0,
+        timeout_s=5.0,
+        ca_file=None,
+        client_cert=None,
+        client_key=None,
+        proxy=None,
+    )
+
+
+async def send(to: Target, *bodies: bytes) -> Outcome:
+    """Send the bodies over one upstream; return what came of the last."""
+    found: Outcome | None = None
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        open_upstream(to, SystemClock(), connections=2) as upstream,
+    ):
+        for body in bodies or (BODY,):
+            found = await upstream.send("track", body)
+    assert found is not None
+    assert KEY not in repr(found)
+    return found
+
+
+@pytest.fixture
+async def sandbox() -> AsyncIterator[Sandbox]:
+    sandbox = Sandbox(KEY)
+    async with sandbox.serving():
+        yield sandbox
+
+
+# --- a server that says exactly what it is told ------------------------------------------------------
+
+Conversation = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Wire:
+    """A listener for one conversation at a time. *heard* is what was sent to it."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.connections = 0
+        self.heard = b""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def request(self, reader: asyncio.StreamReader) -> bytes:
+        """Return the head of one request whose body is read, too."""
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.heard += head
+        for line in head.lower().split(b"\r\n"):
+            name, _, value = line.partition(b":")
+            if name == b"content-length":
+                self.heard += await reader.readexactly(int(value))
+        return head
+
+
+@asynccontextmanager
+async def listening(
+    converse: Callable[[Wire, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    tls: ssl.SSLContext | None = None,
+) -> AsyncIterator[Wire]:
+    wire = Wire()
+    open_writers: set[asyncio.StreamWriter] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        wire.connections += 1
+        open_writers.add(writer)
+        try:
+            await converse(wire, reader, writer)
+            await writer.drain()
+            writer.close()
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            writer.transport.abort()
+        finally:
+            open_writers.discard(writer)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
+    wire.port = server.sockets[0].getsockname()[1]
+    try:
+        yield wire
+    finally:
+        server.close()
+        for writer in list(open_writers):
+            writer.transport.abort()
+        await server.wait_closed()
+
+
+def saying(*parts: bytes) -> Callable[..., Awaitable[None]]:
+    """Answer each request of a connection with the next part, then close it."""
+
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        for part in parts:
+            await wire.request(reader)
+            writer.write(part)
+
+    return converse
+
+
+NO_CONTENT = b"HTTP/1.1 204 No Content\r\n\r\n"
+
+
+def http(status: str, body: bytes, *headers: bytes) -> bytes:
+    lines = [b"HTTP/1.1 " + status.encode(), b"Content-Length: %d" % len(body), *headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+# --- what is sent ------------------------------------------------------------------------------------
+
+
+async def test_the_body_arrives_as_it_is_with_both_headers() -> None:
+    async with listening(saying(NO_CONTENT)) as wire:
+        assert await send(target(wire.url)) == Delivered()
+    head, _, body = wire.heard.partition(b"\r\n\r\n")
+    request_line, *headers = head.decode().split("\r\n")
+    given = {name.lower(): value.strip() for name, _, value in (h.partition(":") for h in headers)}
+    assert request_line == "POST /api/public/apps/track HTTP/1.1"
+    assert given["authorization"] == f"Bearer {KEY}"
+    assert given["publicwritekey"] == KEY
+    assert given["content-type"] == "application/json"
+    assert given["content-length"] == str(len(BODY))
+    assert "transfer-encoding" not in given
+    assert "content-encoding" not in given
+    assert given["user-agent"].startswith("tranthor-agent/")
+    assert body == BODY
+
+
+async def test_the_stand_in_stores_what_was_sent_and_knows_the_key(sandbox: Sandbox) -> None:
+    assert await send(target(f"{sandbox.url}/")) == Delivered()
+    (arrival,) = sandbox.stored
+    assert arrival.body == BODY
+    assert (arrival.authorized, arrival.public_write_key, arrival.scheme) == (True, True, "Bearer")
+
+
+async def test_a_large_body_goes_out_whole(sandbox: Sandbox) -> None:
+    body = json.dumps(
+        {"event": "e", "userId": "u", "messageId": "m", "properties": {"x": "y" * 5_000_000}}
+    ).encode()
+    assert await send(target(sandbox.url), body) == Delivered()
+    assert sandbox.stored[0].body == body
+
+
+async def test_a_connection_is_used_again() -> None:
+    async with listening(saying(NO_CONTENT, NO_CONTENT, NO_CONTENT)) as wire:
+        assert await send(target(wire.url), BODY, BODY, BODY) == Delivered()
+    assert wire.connections == 1
+
+
+async def test_no_cookie_is_carried_to_the_next_request() -> None:
+    baked = b"HTTP/1.1 204 No Content\r\nSet-Cookie: sticky=1; Path=/\r\n\r\n"
+    async with listening(saying(baked, baked)) as wire:
+        await send(target(wire.url.replace("127.0.0.1", "localhost")), BODY, BODY)
+    assert b"cookie" not in wire.heard.lower()
+
+
+# --- each fault of the stand-in ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "meaning"),
+    [
+        (Fault(mode="ok"), Delivered),
+        (Fault(mode="slow", delay_s=0.05), Delivered),
+        (Fault(mode="status", status=500), Failed),
+        (Fault(mode="status", status=400), Rejected),
+        (Fault(mode="status", status=413), Rejected),
+        (Fault(mode="status", status=401), Misconfigured),
+        (Fault(mode="status", status=403), Misconfigured),
+        (Fault(mode="status", status=404), Misconfigured),
+        (
+            Fault(
+                mode="status",
+                status=400,
+                body={"message": "headers must have required property 'authorization'"},
+            ),
+            Misconfigured,
+        ),
+        (Fault(mode="html"), Misconfigured),
+        (Fault(mode="redirect"), Misconfigured),
+        (Fault(mode="redirect", status=307), Misconfigured),
+    ],
+    ids=lambda value: f"{value.mode} {value.status or ''}" if isinstance(value, Fault) else "",
+)
+async def test_an_answer_becomes_its_outcome(
+    sandbox: Sandbox, fault: Fault, meaning: type[Outcome]
+) -> None:
+    sandbox.fault = fault
+    assert isinstance(await send(target(sandbox.url)), meaning)
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 502, 503, 504, 520])
+async def test_a_busy_upstream_is_unavailable_as_long_as_it_asks(
+    sandbox: Sandbox, status: int
+) -> None:
+    sandbox.fault = Fault(mode="status", status=status, retry_after="17")
+    found = await send(target(sandbox.url))
+    assert isinstance(found, Unavailable)
+    assert (found.retry_after_s, found.ambiguous) == (17.0, False)
+
+
+@pytest.mark.parametrize("mode", ["cut_before", "cut_after", "down"])
+async def test_a_connection_cut_after_sending_is_ambiguous(sandbox: Sandbox, mode: str) -> None:
+    sandbox.fault = Fault(mode=mode)  # type: ignore[arg-type]  # each a FaultMode
+    found = await send(target(sandbox.url))
+    assert isinstance(found, Unavailable)
+    assert found.ambiguous
+
+
+async def test_no_answer_in_time_is_ambiguous(sandbox: Sandbox) -> None:
+    sandbox.fault = Fault(mode="stall")
+    found = await send(replace(target(sandbox.url), timeout_s=0.2))
+    assert isinstance(found, Unavailable)
+    assert found.ambiguous
+    assert "upstream.timeout" in found.why
+
+
+@pytest.mark.parametrize("mode", ["cut_before", "cut_after"])
+async def test_what_was_cut_on_a_used_connection_is_not_sent_again_by_itself(
+    sandbox: Sandbox, mode: str
+) -> None:
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        open_upstream(target(sandbox.url), SystemClock(), connections=1) as upstream,
+    ):
+        await upstream.send("track", BODY)
+        sandbox.fault = Fault(mode=mode)  # type: ignore[arg-type]  # each a FaultMode
+        assert isinstance(await upstream.send("track", BODY), Unavailable)
+        assert sandbox.requests == 2
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_is_not_followed(sandbox: Sandbox, status: int) -> None:
+    async with listening(saying(NO_CONTENT)) as elsewhere:
+        sandbox.fault = Fault(mode="redirect", status=status, location=f"{elsewhere.url}/login")
+        found = await send(target(sandbox.url))
+    assert isinstance(found, Misconfigured)
+    assert f"{elsewhere.url}/login" in found.why
+    assert (elsewhere.connections, sandbox.requests) == (0, 1)
+
+
+# --- answers that are hardly HTTP --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"HTTP/1.1 999999 Nonsense\r\n\r\n",
+        b"HTTP/1.1 204\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n",
+        b'HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n""',
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
+        http("200 OK", b"not gzip", b"Content-Encoding: gzip"),
+    ],
+    ids=range(11),
+)
+async def test_an_answer_that_cannot_be_read_is_ambiguous_and_never_raised(said: bytes) -> None:
+    async with listening(saying(said)) as wire:
+        found = await send(target(wire.url))
+    assert isinstance(found, Unavailable)
+    assert found.ambiguous
+
+
+@pytest.mark.parametrize(
+    ("status", "first", "rest", "meaning"),
+    [
+        ("200 OK", b"\r\n", PORTAL, Misconfigured),
+        ("200 OK", b'""', PORTAL, Misconfigured),
+        ("200 OK", b'"', b'ok"', Delivered),
+        (
+            "400 Bad Request",
+            b'{"statusCode":400,"code":"FST_ERR_VALIDATION","message":"headers must',
+            b" have required property 'authorization'\"}",
+            Misconfigured,
+        ),
+        ("400 Bad Request", b"\r\n", PORTAL, Misconfigured),
+    ],
+    ids=["blank line, portal", "string, portal", "string", "authorization", "blank line, 400"],
+)
+async def test_an_answer_in_pieces_means_what_it_means_whole(
+    status: str, first: bytes, rest: bytes, meaning: type[Outcome]
+) -> None:
+    judged = asyncio.Event()
+
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await wire.request(reader)
+        writer.write(http(status, first + rest)[: -len(rest)])
+        try:
+            async with asyncio.timeout(0.3):
+                await judged.wait()  # by the first piece alone, which is too soon
+        except TimeoutError:
+            writer.write(rest)
+
+    async with listening(converse) as wire:
+        found = await send(target(wire.url))
+        judged.set()
+    assert isinstance(found, meaning)
+
+
+async def test_an_endless_answer_is_read_no_further_than_needed() -> None:
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await wire.request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n")
+        while True:
+            writer.write(b"x" * 65_536)
+            await writer.drain()
+
+    async with listening(converse) as wire:
+        assert isinstance(await send(target(wire.url)), Misconfigured)
+
+
+async def test_an_answer_a_byte_at_a_time_ends_at_the_timeouts_together() -> None:
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await wire.request(reader)
+        writer.write(b"HTTP/1.1 204 No Content\r\nX: ")
+        while True:
+            try:
+                async with asyncio.timeout(0.05):
+                    await reader.readexactly(1)  # ends with the connection
+            except TimeoutError:
+                writer.write(b"x")
+
+    async with listening(converse) as wire:
+        found = await send(replace(target(wire.url), connect_timeout_s=0.2, timeout_s=0.2))
+    assert isinstance(found, Unavailable)
+    assert found.ambiguous
+
+
+async def test_a_key_that_an_answer_quotes_is_masked() -> None:
+    quoting = http("401 Unauthorized", json.dumps({"message": f"key {KEY} is unknown"}).encode())
+    async with listening(saying(quoting)) as wire:
+        found = await send(target(wire.url))
+    assert isinstance(found, Misconfigured)
+    assert "is unknown" in found.why
+
+
+# --- no connection at all ----------------------------------------------------------------------------
+
+
+async def test_a_refused_connection_is_not_ambiguous() -> None:
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        port = unheard.getsockname()[1]
+        found = await send(target(f"http://127.0.0.1:{port}"))
+    assert isinstance(found, Unavailable)
+    assert not found.ambiguous
+    assert f"127.0.0.1:{port}" in found.why
+
+
+async def test_a_connection_that_takes_too_long_is_not_ambiguous() -> None:
+    with ExitStack() as sockets:
+        deaf = sockets.enter_context(socket.socket())
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        # Its queue is full: the next one's SYN is dropped.
+        for _ in range(3):
+            queued = sockets.enter_context(socket.socket())
+            queued.setblocking(False)
+            queued.connect_ex(deaf.getsockname())
+        to = target(f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        found = await send(replace(to, connect_timeout_s=0.2))
+    assert isinstance(found, Unavailable)
+    assert not found.ambiguous
+    assert "upstream.connect_timeout" in found.why
+
+
+async def test_a_name_that_is_not_found_is_not_ambiguous() -> None:
+    found = await send(target("https://upstream.invalid"))
+    assert isinstance(found, Unavailable)
+    assert not found.ambiguous
+
+
+async def test_an_address_without_a_host_is_held() -> None:
+    assert isinstance(await send(target("https://")), Misconfigured)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://upstream.example",
+        "http://192.0.2.1",
+        "http://127.0.0.1.example",
+        "http://localhost.example",
+        "http://127.0.0.1@upstream.example",
+        "http://0.0.0.0",
+        "HTTP://upstream.example",
+        "http://[2001:db8::1]",
+        "//upstream.example",
+        "upstream.example",
+    ],
+)
+async def test_plain_http_beyond_this_machine_is_held_and_nothing_is_sent(url: str) -> None:
+    async with listening(saying(NO_CONTENT)) as proxy:
+        found = await send(replace(target(url), proxy=proxy.url))
+        assert isinstance(found, Misconfigured)
+        assert "https" in found.why
+        assert proxy.connections == 0
+
+
+async def test_a_stand_in_that_refuses_holds_every_event() -> None:
+    assert await Refusing("no key").send("track", BODY) == Misconfigured("no key")
+
+
+# --- secrets -----------------------------------------------------------------------------------------
+
+
+def test_a_target_shows_neither_key_nor_proxy() -> None:
+    shown = replace(target("https://a.example"), proxy="http://me:sesame@proxy.example")
+    for text in (repr(shown), str(shown), f"{shown}"):
+        assert KEY not in text
+        assert "sesame" not in text
+        assert "https://a.example" in text
+
+
+# --- a proxy -----------------------------------------------------------------------------------------
+
+
+async def test_a_configured_proxy_is_asked_for_the_whole_url(sandbox: Sandbox) -> None:
+    async with listening(saying(NO_CONTENT)) as proxy:
+        to = replace(target(sandbox.url), proxy=f"http://me:sesame@127.0.0.1:{proxy.port}")
+        assert await send(to) == Delivered()
+    assert proxy.heard.startswith(f"POST {sandbox.url}/api/public/apps/track HTTP/1.1\r\n".encode())
+    credentials = base64.b64encode(b"me:sesame")
+    assert b"proxy-authorization: basic " + credentials in proxy.heard.replace(
+        b"Proxy-Authorization: Basic", b"proxy-authorization: basic"
+    )
+    assert sandbox.requests == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"]
+)
+async def test_a_proxy_of_the_environment_is_ignored(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    async with listening(saying(NO_CONTENT)) as proxy:
+        monkeypatch.setenv(name, proxy.url)
+        assert await send(target(sandbox.url)) == Delivered()
+        assert (proxy.connections, sandbox.requests) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "meaning"),
+    [
+        ("407 Proxy Authentication Required", Misconfigured),
+        ("403 Forbidden", Misconfigured),
+        ("502 Bad Gateway", Unavailable),
+        ("503 Service Unavailable", Unavailable),
+    ],
+)
+async def test_a_proxy_that_opens_no_tunnel_costs_no_event(
+    status: str, meaning: type[Outcome]
+) -> None:
+    async with listening(saying(http(status, b""))) as proxy:
+        to = replace(
+            target("https://upstream.invalid"), proxy=f"http://me:sesame@127.0.0.1:{proxy.port}"
+        )
+        found = await send(to)
+    assert isinstance(found, meaning)
+    assert "sesame" not in repr(found)
+    assert proxy.heard.startswith(b"CONNECT upstream.invalid:443 HTTP/1.1\r\n")
+    assert KEY.encode() not in proxy.heard
+
+
+async def test_a_proxy_that_is_down_is_not_ambiguous(sandbox: Sandbox) -> None:
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        proxy = f"http://me:sesame@127.0.0.1:{unheard.getsockname()[1]}"
+        found = await send(replace(target(sandbox.url), proxy=proxy))
+    assert isinstance(found, Unavailable)
+    assert not found.ambiguous
+    assert "sesame" not in found.why
+
+
+# --- TLS ---------------------------------------------------------------------------------------------
+
+
+class Certificates:
+    """An authority of our own, and what it signed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        usage = "keyUsage=critical,keyCertSign,cRLSign"
+        self.openssl(
+            "req", "-x509", *self.new_key("ca"), "-days", "2", "-out", "ca.pem", "-addext", usage
+        )
+        self.openssl(
+            "req",
+            "-x509",
+            *self.new_key("other"),
+            "-days",
+            "2",
+            "-out",
+            "other.pem",
+            "-addext",
+            usage,
+        )
+        self.sign("server", "subjectAltName=IP:127.0.0.1")
+        self.sign("stranger", "subjectAltName=DNS:other.example")
+        self.sign("client", "extendedKeyUsage=clientAuth")
+
+    def openssl(self, *arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=self.folder, check=True, capture_output=True)
+
+    def new_key(self, name: str) -> list[str]:
+        curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        return [*curve, "-keyout", f"{name}.key", "-subj", f"/CN={name}"]
+
+    def sign(self, name: str, extension: str) -> None:
+        extensions = self.folder / f"{name}.ext"
+        extensions.write_text(f"{extension}\nauthorityKeyIdentifier=keyid\n")
+        self.openssl("req", "-new", *self.new_key(name), "-out", f"{name}.csr")
+        self.openssl(
+            *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key"),
+            *("-CAcreateserial", "-days", "2", "-extfile", extensions.name, "-out", f"{name}.pem"),
+        )
+
+    def __getitem__(self, name: str) -> Path:
+        return self.folder / name
+
+    def server(self, name: str = "server", *, asks_client: bool = False) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self[f"{name}.pem"], self[f"{name}.key"])
+        if asks_client:
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(self["ca.pem"])
+        return context
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    if shutil.which("openssl") is None:
+        pytest.skip("the openssl command, which makes the certificates, is not installed")
+    return Certificates(tmp_path_factory.mktemp("tls"))
+
+
+def https(wire: Wire, certificates: Certificates | None = None) -> Target:
+    to = target(f"https://127.0.0.1:{wire.port}")
+    return to if certificates is None else replace(to, ca_file=certificates["ca.pem"])
+
+
+async def test_a_certificate_of_the_configured_authority_is_trusted(
+    certificates: Certificates,
+) -> None:
+    async with listening(saying(NO_CONTENT), certificates.server()) as wire:
+        assert await send(https(wire, certificates)) == Delivered()
+
+
+async def test_a_certificate_of_an_unknown_authority_is_held_before_the_key_is_sent(
+    certificates: Certificates,
+) -> None:
+    async with listening(saying(NO_CONTENT), certificates.server()) as wire:
+        unknown = https(wire)
+        another = replace(unknown, ca_file=certificates["other.pem"])
+        for to in (unknown, another):
+            found = await send(to)
+            assert isinstance(found, Misconfigured)
+            assert "upstream.ca_file" in found.why
+        assert wire.heard == b""
+
+
+async def test_a_self_signed_certificate_is_held(certificates: Certificates) -> None:
+    async with listening(saying(NO_CONTENT), certificates.server("other")) as wire:
+        assert isinstance(await send(https(wire, certificates)), Misconfigured)
+        assert wire.heard == b""
+
+
+async def test_a_certificate_of_another_name_is_held(certificates: Certificates) -> None:
+    async with listening(saying(NO_CONTENT), certificates.server("stranger")) as wire:
+        assert isinstance(await send(https(wire, certificates)), Misconfigured)
+        assert wire.heard == b""
+
+
+async def test_a_client_certificate_is_shown_to_an_upstream_that_asks(
+    certificates: Certificates,
+) -> None:
+    async with listening(saying(NO_CONTENT), certificates.server(asks_client=True)) as wire:
+        to = https(wire, certificates)
+        shown = replace(
+            to, client_cert=certificates["client.pem"], client_key=certificates["client.key"]
+        )
+        assert await send(shown) == Delivered()
+        assert isinstance(await send(to), Misconfigured | Unavailable)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ca_file": "missing.pem"},
+        {"ca_file": "ca.key"},
+        {"client_cert": "missing.pem"},
+        {"client_cert": "client.pem", "client_key": "server.key"},
+        {"client_cert": "client.pem", "client_key": "missing.key"},
+        {"client_cert": "client.key"},
+    ],
+    ids=str,
+)
+async def test_tls_files_that_cannot_be_loaded_hold_everything(
+    certificates: Certificates, wrong: dict[str, str]
+) -> None:
+    files = {name: certificates[file] for name, file in wrong.items()}
+    to = replace(
+        target("https://127.0.0.1:1"),
+        ca_file=files.get("ca_file"),
+        client_cert=files.get("client_cert"),
+        client_key=files.get("client_key"),
+    )
+    found = await send(to)
+    assert isinstance(found, Misconfigured)
+    assert "upstream.ca_file" in found.why
+
+
+async def test_a_tls_upstream_that_never_greets_is_not_ambiguous() -> None:
+    async def converse(
+        _wire: Wire, reader: asyncio.StreamReader, _writer: asyncio.StreamWriter
+    ) -> None:
+        await reader.read(-1)
+
+    async with listening(converse) as wire:
+        found = await send(replace(https(wire), connect_timeout_s=0.2))
+    assert isinstance(found, Unavailable)
+    assert not found.ambiguous
+
+
+async def test_a_plain_server_where_tls_was_expected_costs_no_event(sandbox: Sandbox) -> None:
+    found = await send(target(sandbox.url.replace("http://", "https://")))
+    assert isinstance(found, Misconfigured | Unavailable)
+    assert sandbox.stored == []
+
+
+async def test_the_proxy_before_a_tls_upstream_never_sees_the_key(
+    certificates: Certificates,
+) -> None:
+    async def tunnel(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        line = (await wire.request(reader)).split(b"\r\n")[0].decode()
+        host, _, port = line.split()[1].rpartition(":")
+        inner_reader, inner_writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(pass_on(wire, reader, inner_writer))
+            tasks.create_task(pass_on(wire, inner_reader, writer))
+
+    async with (
+        listening(saying(NO_CONTENT), certificates.server()) as upstream,
+        listening(tunnel) as proxy,
+    ):
+        assert await send(replace(https(upstream, certificates), proxy=proxy.url)) == Delivered()
+    assert proxy.heard.startswith(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\n" % upstream.port)
+    assert KEY.encode() in upstream.heard
+    assert KEY.encode() not in proxy.heard
+
+
+async def pass_on(wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65_536):
+        wire.heard += data
+        writer.write(data)
+        await writer.drain()
+    writer.close()
