@@ -113,6 +113,8 @@ class Guard:
             return self.too_large()
         if not inflater.eof:
             return _bad_encoding(encoding, "the data ends too early")
+        if inflater.unused_data:
+            return _bad_encoding(encoding, "something follows the compressed data")
         return plain
 
 

@@ -1,0 +1,279 @@
+"""Who may talk to the agent, decided from the head alone; and bodies inflated within bounds."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+import zlib
+
+import pytest
+
+from agent.exchange import Answer
+from agent.ingest.guard import Guard
+
+LIMIT_BYTES = 100_000
+
+PORT = "127.0.0.1:7227"
+SHOP = "https://shop.example"
+
+
+def guard(max_body_bytes: int = LIMIT_BYTES) -> Guard:
+    return Guard(
+        allowed_hosts=frozenset({"till.local", "10.0.0.5"}),
+        allowed_origins=frozenset({SHOP, "http://localhost:3000"}),
+        max_body_bytes=max_body_bytes,
+    )
+
+
+def message(answer: Answer | bytes | None) -> str:
+    assert isinstance(answer, Answer)
+    body = json.loads(answer.body)
+    assert body["statusCode"] == answer.status
+    return str(body["message"])
+
+
+# --- Host ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        PORT,
+        "127.0.0.1:80",
+        "localhost",
+        "localhost:7227",
+        "LocalHost:7227",
+        "[::1]",
+        "[::1]:7227",
+        "till.local",
+        "till.local:7227",
+        "TILL.local",
+        "10.0.0.5:7227",
+    ],
+)
+def test_a_host_of_this_machine_passes(host: str) -> None:
+    assert guard().judge({"Host": host}) is None
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "",
+        " ",
+        ":7227",
+        "evil.example",
+        "evil.example:7227",
+        "127.0.0.1.evil.example",
+        "127.0.0.1.evil.example:7227",
+        "localhost.evil.example",
+        "evil.example/127.0.0.1",
+        "evil.example?localhost",
+        "evil.example#localhost",
+        "evil.example:127.0.0.1",
+        "127.0.0.1@evil.example",
+        "localhost@evil.example:7227",
+        "localhost:7227@evil.example",
+        "127.0.0.1, evil.example",
+        "127.0.0.1 evil.example",
+        "127.0.0.1:7227:7227",
+        "127.0.0.2",
+        "127.1",
+        "2130706433",
+        "0x7f000001",
+        "0.0.0.0",
+        "::1",
+        "[::]",
+        "[::1].evil.example",
+        "[::ffff:127.0.0.1]",
+        "[::1%25lo]",
+        "localhost.",
+        "local\u200bhost",
+        "sub.till.local",
+        "till.local.evil.example",
+        "10.0.0.50",
+    ],
+)
+def test_any_other_host_is_refused_with_the_remedy(host: str) -> None:
+    refused = guard().judge({"Host": host})
+    assert refused is not None
+    assert (refused.status, refused.close) == (403, True)
+    assert message(refused).startswith("Host: ")
+    assert "ingest.allowed_hosts" in message(refused)
+
+
+def test_a_request_without_a_host_is_refused() -> None:
+    refused = guard().judge({})
+    assert refused is not None
+    assert refused.status == 403
+
+
+def test_a_long_host_is_shown_cut_short() -> None:
+    assert len(message(guard().judge({"Host": "x" * 100_000}))) < 1000
+
+
+# --- Origin and Sec-Fetch-Site ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": f"http://{PORT}"},
+        {"Host": "localhost:7227", "Origin": "http://localhost:7227"},
+        {"Host": "[::1]:7227", "Origin": "http://[::1]:7227"},
+        {"Host": "till.local:7227", "Origin": "http://till.local:7227"},
+        {"Origin": SHOP},
+        {"Origin": SHOP, "Sec-Fetch-Site": "cross-site"},
+        {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "same-site"},
+        {"Origin": f"http://{PORT}", "Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none"},
+        {"Referer": "https://evil.example/"},
+    ],
+    ids=str,
+)
+def test_apps_own_pages_and_allowed_pages_pass(headers: dict[str, str]) -> None:
+    assert guard().judge({"Host": PORT, **headers}) is None
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": ""},
+        {"Origin": "file://"},
+        {"Origin": "http://127.0.0.1"},
+        {"Origin": "http://127.0.0.1:8080"},
+        {"Origin": f"https://{PORT}"},
+        {"Origin": f"http://{PORT}.evil.example"},
+        {"Origin": f"http://{PORT}/"},
+        {"Origin": f"http://evil.example, http://{PORT}"},
+        {"Origin": "http://localhost:7227"},
+        {"Host": "localhost:7227", "Origin": f"http://{PORT}"},
+        {"Host": "localhost", "Origin": "http://localhost:5000"},
+        {"Origin": "http://shop.example"},
+        {"Origin": f"{SHOP}:8443"},
+        {"Origin": f"{SHOP}.evil.example"},
+        {"Origin": "https://sub.shop.example"},
+        {"Origin": "chrome-extension://abcdef"},
+        {"Origin": "https://evil.example", "Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        # A rebound name: the page and its Host agree, and both are foreign.
+        {"Host": "evil.example:7227", "Origin": "http://evil.example:7227"},
+        {"Host": "evil.example", "Origin": SHOP},
+    ],
+    ids=str,
+)
+def test_any_other_page_is_refused(headers: dict[str, str]) -> None:
+    refused = guard().judge({"Host": PORT, **headers})
+    assert refused is not None
+    assert (refused.status, refused.close) == (403, True)
+
+
+def test_the_refusal_of_an_origin_names_it_and_the_remedy() -> None:
+    text = message(guard().judge({"Host": PORT, "Origin": "https://evil.example"}))
+    assert text.startswith("Origin: 'https://evil.example'")
+    assert "ingest.allowed_origins" in text
+
+
+# --- the body's announcement -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, None),
+        ({"Content-Length": "0"}, None),
+        ({"Content-Length": str(LIMIT_BYTES)}, None),
+        ({"Content-Length": str(LIMIT_BYTES + 1)}, 413),
+        ({"Content-Length": "9" * 30}, 413),
+        ({"Content-Encoding": "identity"}, None),
+        ({"Content-Encoding": "gzip"}, None),
+        ({"Content-Encoding": "GZip"}, None),
+        ({"Content-Encoding": "x-gzip"}, None),
+        ({"Content-Encoding": "deflate"}, None),
+        ({"Content-Encoding": "br"}, 415),
+        ({"Content-Encoding": "zstd"}, 415),
+        ({"Content-Encoding": "gzip, gzip"}, 415),
+        ({"Content-Encoding": "x" * 10_000}, 415),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_body_is_judged_by_its_announcement(headers: dict[str, str], status: int | None) -> None:
+    answer = guard().judge({"Host": PORT, **headers})
+    assert (answer.status if answer else None) == status
+    assert answer is None or answer.close
+    assert answer is None or len(answer.body) < 1000
+
+
+def test_a_stranger_learns_nothing_of_limits() -> None:
+    answer = guard().judge({"Host": "evil.example", "Content-Length": str(LIMIT_BYTES + 1)})
+    assert answer is not None
+    assert answer.status == 403
+
+
+# --- inflating -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding"),
+    [
+        (b"hello", "identity"),
+        (gzip.compress(b"hello"), "gzip"),
+        (gzip.compress(b"hello"), "GZIP"),
+        (gzip.compress(b"hello"), "x-gzip"),
+        (zlib.compress(b"hello"), "deflate"),
+    ],
+)
+def test_a_body_is_returned_without_its_encoding(body: bytes, encoding: str) -> None:
+    assert guard().inflate(body, encoding) == b"hello"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"hello",
+        gzip.compress(b"hello")[:-1],
+        gzip.compress(b"hello")[:5],
+        gzip.compress(b"hello")[:-8] + b"\x00" * 8,
+        b"\x1f\x8b" + b"\xff" * 50,
+    ],
+)
+def test_a_body_that_is_not_what_its_header_says_is_refused(body: bytes) -> None:
+    refused = guard().inflate(body, "gzip")
+    assert isinstance(refused, Answer)
+    assert refused.status == 400
+    assert message(refused).startswith("body: not valid gzip")
+
+
+@pytest.mark.parametrize(
+    "behind", [gzip.compress(b" world"), b"garbage"], ids=["a second member", "garbage"]
+)
+def test_nothing_behind_the_compressed_data_is_dropped_silently(behind: bytes) -> None:
+    inflated = guard().inflate(gzip.compress(b"hello") + behind, "gzip")
+    assert isinstance(inflated, Answer) or inflated == b"hello world"
+
+
+def test_the_limit_is_of_the_inflated_body() -> None:
+    assert guard().inflate(gzip.compress(bytes(LIMIT_BYTES)), "gzip") == bytes(LIMIT_BYTES)
+    refused = guard().inflate(gzip.compress(bytes(LIMIT_BYTES + 1)), "gzip")
+    assert isinstance(refused, Answer)
+    assert (refused.status, refused.close) == (413, True)
+
+
+def test_a_bomb_takes_no_more_memory_than_the_largest_body() -> None:
+    bomb = gzip.compress(bytes(1000 * LIMIT_BYTES))
+    assert len(bomb) <= LIMIT_BYTES
+    tracemalloc.start()
+    try:
+        refused = guard().inflate(bomb, "gzip")
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert isinstance(refused, Answer)
+    assert refused.status == 413
+    assert peak_bytes < 5 * LIMIT_BYTES
