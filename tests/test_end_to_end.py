@@ -71,8 +71,8 @@ class Progress:
 async def use_app(agent: AgentProcess, numbers: list[int], progress: Progress) -> None:
     """Post each event until it is acknowledged, as an app with a retry would."""
     for number in numbers:
-        while not await post(agent, number):
-            await asyncio.sleep(RETRY_S)  # noqa: ASYNC110  # an app waits, too
+        while not await post(agent, number):  # noqa: ASYNC110  # an app waits, too
+            await asyncio.sleep(RETRY_S)
         await progress.add()
         await asyncio.sleep(PACE_S)
 

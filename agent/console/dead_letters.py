@@ -15,6 +15,9 @@ from agent.outbox.writer import Writer
 _CHUNK = 500
 """Dead letters handled in one transaction, so that events are stored and acked in between."""
 
+_PAGE = 50
+"""Dead letters read at once: they come with their bodies, of up to 5 MiB each."""
+
 
 async def requeue(reader: Reader, writer: Writer, selection: Selection, *, now_ms: int) -> int:
     """Put the dead letters that *selection* means at the end of the queue; return how many."""
@@ -40,8 +43,19 @@ async def _in_chunks(
     selection: Selection,
     verb: Callable[[list[int]], Callable[[Store], Awaitable[int]]],
 ) -> int:
-    changed, after = 0, 0
-    while letters := await reader.select("dead", selection, after=after, limit=_CHUNK):
-        after = letters[-1].seq
-        changed += await writer.perform(verb([letter.seq for letter in letters]))
+    # All are chosen before the first is changed: one that is requeued, refused again and so dead
+    # again meanwhile would otherwise be met again, without end.
+    seqs = await _chosen(reader, selection)
+    changed = 0
+    for start in range(0, len(seqs), _CHUNK):
+        changed += await writer.perform(verb(seqs[start : start + _CHUNK]))
     return changed
+
+
+async def _chosen(reader: Reader, selection: Selection) -> list[int]:
+    seqs: list[int] = []
+    while letters := await reader.select(
+        "dead", selection, after=seqs[-1] if seqs else 0, limit=_PAGE
+    ):
+        seqs += [letter.seq for letter in letters]
+    return seqs

@@ -51,6 +51,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     oldest_pending_age_s: float | None
     next_attempt_in_s: float | None
     last_error: str | None
+    last_error_age_s: float | None
     in_flight: int
     parked_users: int
     ambiguous: int
@@ -95,6 +96,8 @@ class Flow(Protocol):
     @property
     def last_error(self) -> str | None: ...
     @property
+    def last_error_ms(self) -> int | None: ...
+    @property
     def in_flight(self) -> int: ...
     @property
     def parked_users(self) -> int: ...
@@ -126,9 +129,10 @@ async def collect(
         evicted=ledger.evicted,
         duplicates=ledger.duplicates,
         conflicts=ledger.conflicts,
-        oldest_pending_age_s=None if oldest_ms is None else max(0, now_ms - oldest_ms) / 1000,
+        oldest_pending_age_s=_age_s(oldest_ms, now_ms),
         next_attempt_in_s=None if flow is None else flow.next_attempt_in_s,
         last_error=None if flow is None else flow.last_error,
+        last_error_age_s=None if flow is None else _age_s(flow.last_error_ms, now_ms),
         in_flight=0 if flow is None else flow.in_flight,
         parked_users=0 if flow is None else flow.parked_users,
         ambiguous=0 if flow is None else flow.ambiguous,
@@ -147,6 +151,10 @@ async def collect(
 
 def _stopped(ledger: Ledger) -> str:
     return "paused by a person, and stays so when it starts" if ledger.paused else ""
+
+
+def _age_s(instant_ms: int | None, now_ms: int) -> float | None:
+    return None if instant_ms is None else max(0, now_ms - instant_ms) / 1000
 
 
 def _size(path: Path) -> int:

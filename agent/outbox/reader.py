@@ -229,15 +229,14 @@ async def open_reader(path: Path) -> AsyncIterator[Reader]:
     for SQLite would otherwise create a -shm that belongs to whoever looked.
     Raises `OutboxError` if there is none, it is newer than this version, or cannot be read.
     """
-    if not path.exists():  # noqa: ASYNC240  # one stat, of a local file
+    if _bytes(path) is None:
         raise OutboxError(
             f"{path}: no outbox here; start the agent once (tranthor-agent run),"
             " or check outbox.path"
         )
     async with AsyncExitStack() as stack:
         alone = stack.enter_context(lock.shared(path))
-        log_path = path.with_name(f"{path.name}-wal")
-        at_rest = alone and not (log_path.exists() and log_path.stat().st_size)
+        at_rest = alone and not _bytes(path.with_name(f"{path.name}-wal"))
         yield await stack.enter_async_context(_reader(path, immutable=at_rest))
 
 
@@ -265,6 +264,19 @@ async def _reader(path: Path, *, immutable: bool) -> AsyncIterator[Reader]:
         raise OutboxError(
             f"{path}: cannot read the outbox ({exc}); run as the agent's user, as a member of its"
             " group, or as root, and check that the file is a tranthor-agent outbox"
+        ) from exc
+
+
+def _bytes(path: Path) -> int | None:
+    """Return the size of a file; None if there is none. Raises `OutboxError` if it may not be seen."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        raise OutboxError(
+            f"{path}: cannot be read ({exc.strerror}); run as the agent's user, as a member of its"
+            " group, or as root"
         ) from exc
 
 

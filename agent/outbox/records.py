@@ -39,7 +39,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bury:
-    """The event is set aside, with what the upstream answered (*status* and *answer*, if it did)."""
+    """The event is set aside after one more attempt, with what the upstream answered to it."""
 
     seq: int
     reason: Reason

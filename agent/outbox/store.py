@@ -85,7 +85,7 @@ UPDATE pending
 
 _INSERT_DEAD = """
 INSERT INTO dead (seq, kind, lane, attempts, reason, status, answer, body)
-SELECT seq, kind, lane, attempts, :reason, :status, :answer, body
+SELECT seq, kind, lane, attempts + :attempts, :reason, :status, :answer, body
   FROM pending
  WHERE seq = :seq
 """
@@ -262,6 +262,7 @@ class Store:
                         {
                             "seq": settlement.seq,
                             "now_ms": now_ms,
+                            "attempts": 1,
                             "reason": settlement.reason,
                             "status": settlement.status,
                             "answer": settlement.answer,
@@ -326,7 +327,14 @@ class Store:
         seqs = await _fetch(self._db, _EXPIRED, cutoff_ms=cutoff_ms, limit=limit)
         return await self._bury(
             [
-                {"seq": seq, "now_ms": now_ms, "reason": "expired", "status": None, "answer": ""}
+                {
+                    "seq": seq,
+                    "now_ms": now_ms,
+                    "attempts": 0,
+                    "reason": "expired",
+                    "status": None,
+                    "answer": "",
+                }
                 for (seq,) in seqs
             ]
         )

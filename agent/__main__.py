@@ -1,0 +1,64 @@
+"""The command line, whole: what `agent.console.commands` offers, and `run`."""
+
+# ruff: noqa: PLC0415  # the daemon and structlog take a while to load: not for `status`
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from urllib.parse import urlsplit
+
+from agent.config import Loaded
+from agent.console.commands import cli
+from agent.console.invocation import PROGRAM, settings_in_effect
+from agent.settings import Settings
+
+_UMASK = 0o027
+"""State files are for the agent and its group, and never written by the group."""
+
+
+def main() -> None:
+    cli(prog_name=PROGRAM)
+
+
+@cli.command()
+def run() -> None:
+    """Run the agent in the foreground.
+
+    SIGTERM or Ctrl-C ends it in order; at the second one it leaves at once, and loses nothing.
+    """
+    loaded = settings_in_effect()
+    os.umask(_UMASK)
+    _configure_logs(loaded.settings)
+    _run(loaded)
+
+
+def _configure_logs(settings: Settings) -> None:
+    from agent.observe.logs import Redactor, configure
+
+    redactor = Redactor()
+    if settings.upstream.write_key is not None:
+        redactor.add(settings.upstream.write_key.reveal())
+    if settings.upstream.proxy:
+        redactor.add(urlsplit(settings.upstream.proxy).password or "")
+    configure(settings.log.level, settings.log.format, sys.stderr, redactor)
+
+
+def _run(loaded: Loaded) -> None:
+    from agent import daemon
+
+    try:
+        import uvloop
+    except ImportError:  # no wheel for this machine
+        asyncio.run(daemon.run(loaded, os.environ))
+    else:
+        uvloop.run(daemon.run(loaded, os.environ))
+
+
+# First in the help: everything else is about it.
+cli.commands = {"run": run, **cli.commands}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The commands: `status`, looking into the outbox, steering the daemon, `sandbox` and `demo`.
+
+`cli` is the whole command line but for `run`, which `agent.__main__` adds: it is on the level of
+the daemon. Data goes to stdout, everything else to stderr.
+"""
+
+# ruff: noqa: PLC0415  # rich and aiohttp take a while to load on an edge machine: only where needed
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import get_args
+
+import click
+
+from agent import __version__
+from agent.clock import SystemClock
+from agent.config import Loaded
+from agent.console.config_commands import config_group
+from agent.console.dead_commands import dead_group
+from agent.console.diagnosis import count
+from agent.console.invocation import (
+    NOT_RUNNING,
+    PROGRAM,
+    Program,
+    complain,
+    complete,
+    echo_json,
+    program,
+    settings_in_effect,
+)
+from agent.console.listing import json_option, limit_option, list_to_stdout, seconds
+from agent.console.receipts import view
+from agent.console.status import Report, Status
+from agent.errors import AgentError
+from agent.outbox.records import Selection, State
+
+_WATCH_INTERVAL_S = 1.0
+
+_SANDBOX_PORT = 7228
+"""Beside the agent's own 7227."""
+
+
+@click.group(cls=Program, name=PROGRAM, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name=PROGRAM)
+def cli() -> None:
+    """Store-and-forward agent for Tranthor analytics events.
+
+    Apps post to 127.0.0.1; the agent makes each event durable, and delivers it when it can.
+    """
+
+
+# --- looking ---
+
+
+@cli.command()
+@click.option("--watch", is_flag=True, help="Look again every second, until Ctrl-C.")
+@json_option
+@click.pass_context
+def status(ctx: click.Context, watch: bool, as_json: bool) -> None:
+    """Say whether events flow, and what to do.
+
+    Exit code 0: flowing, or backing off until the network returns. 1: a person should act (held,
+    paused, not configured, dead letters, full). 2: not running. 3: the outbox cannot be read, or
+    the daemon does not answer.
+    """
+    from agent.console.diagnosis import exit_code
+    from agent.console.operations import inspect
+
+    loaded = settings_in_effect()
+    if watch:
+        complete(_watch(loaded, as_json=as_json))
+    report = complete(inspect(loaded))
+    if as_json:
+        echo_json(report)
+    else:
+        from agent.console.rendering import print_report
+
+        print_report(report, program())
+    ctx.exit(exit_code(report))
+
+
+async def _watch(loaded: Loaded, *, as_json: bool) -> None:
+    from agent.console.operations import inspect
+    from agent.console.rendering import live_report
+
+    with live_report(program()) as show_live:
+        show = echo_json if as_json else show_live
+        while True:
+            report: Report = await inspect(loaded)
+            show(report)
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+
+
+@cli.command("list")
+@click.option("--state", type=click.Choice(get_args(State)), default="pending", show_default=True)
+@click.option("--event", help="Only events of this name.")
+@click.option("--user", help="Only events of this userId or anonymousId.")
+@click.option("--text", help="Only events with this text anywhere in their JSON.")
+@click.option(
+    "--older-than", metavar="AGE", callback=seconds, help="Accepted longer ago than 30s, 1h, 7d …"
+)
+@click.option("--newer-than", metavar="AGE", callback=seconds, help="Accepted less long ago.")
+@limit_option
+@json_option
+def list_events(
+    state: State,
+    event: str | None,
+    user: str | None,
+    text: str | None,
+    older_than: float | None,
+    newer_than: float | None,
+    limit: int,
+    as_json: bool,
+) -> None:
+    """List events in the outbox, oldest first. With --json one object per line."""
+    if state == "delivered" and (event or user or text):
+        raise click.UsageError(
+            "of a delivered event only its id and times are kept: it cannot be found by --event,"
+            " --user or --text"
+        )
+    now_ms = SystemClock().wall_ms()
+    selection = Selection(
+        event=event,
+        user=user,
+        text=text,
+        accepted_before_ms=None if older_than is None else now_ms - round(older_than * 1000),
+        accepted_after_ms=None if newer_than is None else now_ms - round(newer_than * 1000),
+    )
+    list_to_stdout(state, selection, limit=limit, as_json=as_json)
+
+
+@cli.command()
+@click.argument("message_id")
+@json_option
+@click.pass_context
+def show(ctx: click.Context, message_id: str, as_json: bool) -> None:
+    """Show all that is known of one event.
+
+    Where it stands, since when, its attempts, the upstream's answer, and its body.
+    """
+    from agent.console.operations import receipt
+
+    loaded = settings_in_effect()
+    found = complete(receipt(loaded, message_id))
+    if found is None:
+        kept = loaded.settings.outbox.delivered_retention.text
+        complain(
+            f"{message_id[:200]}: unknown here; it was never accepted, or discarded, or delivered"
+            f" more than {kept} ago (outbox.delivered_retention)"
+        )
+        ctx.exit(1)
+    if as_json:
+        echo_json(view(found))
+    else:
+        from agent.console.rendering import print_event
+
+        print_event(found, program(), now_ms=SystemClock().wall_ms())
+
+
+cli.add_command(dead_group)
+
+
+# --- steering ---
+
+
+@cli.command()
+def pause() -> None:
+    """Stop sending; events are still kept.
+
+    It stays so after a restart, until `resume`.
+    """
+    from agent.console.operations import pause as pause_agent
+
+    after = complete(pause_agent(settings_in_effect()))
+    click.echo(
+        f"paused: {count(after.pending, 'event')} waiting, nothing is sent until {program()} resume"
+    )
+    _tell_if_stopped(after)
+
+
+@cli.command()
+def resume() -> None:
+    """End a pause."""
+    from agent.console.operations import resume as resume_agent
+
+    after = complete(resume_agent(settings_in_effect()))
+    click.echo(f"resumed: {count(after.pending, 'event')} waiting")
+    _tell_if_stopped(after)
+
+
+@cli.command()
+@click.pass_context
+def flush(ctx: click.Context) -> None:
+    """End every wait: try to send now."""
+    from agent.console.operations import flush as flush_agent
+
+    after = complete(flush_agent(settings_in_effect()))
+    if after is None:
+        complain(f"no agent runs here, so there is nothing to hurry; start it: {program()} run")
+        ctx.exit(NOT_RUNNING)
+    if after.state in {"paused", "unconfigured"}:
+        complain(f"nothing is sent: {after.reason}")
+        ctx.exit(1)
+    click.echo(f"trying now: {count(after.pending, 'event')} waiting")
+
+
+def _tell_if_stopped(after: Status) -> None:
+    if after.state == "stopped":
+        click.echo("no agent runs now; this holds from its next start", err=True)
+
+
+cli.add_command(config_group)
+
+
+# --- trying out ---
+
+
+@cli.command()
+@click.option("--port", type=click.IntRange(1, 65_535), default=_SANDBOX_PORT, show_default=True)
+@click.option("--write-key", metavar="KEY", help="The key to accept; sandbox-key by default.")
+def sandbox(port: int, write_key: str | None) -> None:
+    """Run a stand-in upstream for developers.
+
+    It holds what arrives in memory, and fails on demand. Ctrl-C ends it.
+    """
+    from agent.console.sandbox import DEFAULT_WRITE_KEY, run_sandbox
+
+    told = False
+
+    def announce(line: str) -> None:
+        nonlocal told
+        click.echo(line)
+        if told:
+            return
+        told = True
+        click.echo("  in the agent's configuration:\n")
+        click.echo("[upstream]")
+        click.echo(f'url = "http://127.0.0.1:{port}"')
+        click.echo(f'write_key = "{DEFAULT_WRITE_KEY if write_key is None else "<the one given>"}"')
+        click.echo()
+
+    key = DEFAULT_WRITE_KEY if write_key is None else write_key
+    try:
+        complete(run_sandbox("127.0.0.1", port, key, announce))
+    except OSError as exc:
+        raise AgentError(
+            f"127.0.0.1:{port}: cannot listen ({os.strerror(exc.errno or 0)}); choose another --port"
+        ) from exc
+
+
+@cli.command()
+@click.pass_context
+def demo(ctx: click.Context) -> None:
+    """Watch the agent survive a cut link.
+
+    The whole job on this machine in under a minute, with no account and nothing left behind:
+    events, an outage, a killed agent, recovery, and a count of what arrived.
+    """
+    from agent.console.demo import run_demo
+
+    if not complete(run_demo(click.echo)):
+        ctx.exit(1)

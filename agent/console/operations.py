@@ -1,0 +1,353 @@
+"""What the commands do to an agent: through its daemon where one runs, else under the outbox's lock.
+
+Owns the answer to "who has this outbox": a daemon that answers, nobody (the lock is free), or one
+that holds the lock in silence. Prints nothing; called by the commands.
+
+| daemon answers | lock | status            | reading       | changing                    |
+| -------------- | ---- | ----------------- | ------------- | --------------------------- |
+| yes            | held | the daemon's own  | from the file | by the control API          |
+| no             | free | counted from file | from the file | by a writer, under the lock |
+| no             | held | `unresponsive`    | from the file | `DaemonSilentError`         |
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from agent import __version__
+from agent.clock import SystemClock
+from agent.config import Loaded
+from agent.console import dead_letters
+from agent.console.daemon_client import (
+    DaemonClient,
+    DaemonRefusedError,
+    DaemonSilentError,
+    open_client,
+)
+from agent.console.status import OutboxStatus, Report, Status, Unreadable, collect
+from agent.errors import OutboxError
+from agent.observe import logs
+from agent.outbox import lock
+from agent.outbox.reader import Reader, open_own_reader, open_reader
+from agent.outbox.records import Receipt, Selection, State
+from agent.outbox.writer import Policy, Writer, open_writer
+
+_PAGE = 100
+"""Events read at once: bodies have up to 5 MiB, and the machine may be small."""
+
+_CHUNK_BYTES = 256 * 1024
+"""Ids named in one request at most; less where ingest.max_body is less."""
+
+_CHUNK = 500
+"""Ids named in one request at most, whatever their length: it is one transaction (dead_letters)."""
+
+
+async def inspect(loaded: Loaded) -> Report:
+    """Return how the agent stands; never raises for a foreseen failure."""
+    ingest = loaded.settings.ingest
+    async with open_client(ingest.host, ingest.port) as client:
+        try:
+            status = await client.status()
+        except DaemonRefusedError as exc:
+            return _unreadable(loaded, str(exc))
+        except DaemonSilentError as exc:
+            return await _from_file(loaded, str(exc))
+        if _is_of(status, loaded):
+            return status
+        return await _from_file(loaded, _stranger(client, status))
+
+
+async def pause(loaded: Loaded) -> Status:
+    """Stop sending, now and after a restart; return how the agent stands then."""
+    async with _at_hand(loaded) as hand:
+        return await hand.pause()
+
+
+async def resume(loaded: Loaded) -> Status:
+    """End a pause; return how the agent stands then."""
+    async with _at_hand(loaded) as hand:
+        return await hand.resume()
+
+
+async def flush(loaded: Loaded) -> Status | None:
+    """End every wait of the running daemon; None if none runs."""
+    ingest = loaded.settings.ingest
+    async with open_client(ingest.host, ingest.port) as client:
+        if await _answers(client, loaded):
+            return await client.flush()
+    return None
+
+
+async def requeue(loaded: Loaded, selection: Selection) -> int:
+    """Put the dead letters that *selection* means back into the queue; return how many."""
+    async with _at_hand(loaded) as hand:
+        return sum([await hand.requeue(part) for part in _parts(loaded, selection)])
+
+
+async def discard(loaded: Loaded, selection: Selection) -> int:
+    """Delete the dead letters that *selection* means for good; return how many."""
+    async with _at_hand(loaded) as hand:
+        return sum([await hand.discard(part) for part in _parts(loaded, selection)])
+
+
+async def dead_ids(loaded: Loaded, selection: Selection) -> tuple[str, ...]:
+    """Return the ids of the dead letters that *selection* means."""
+    pages = events(loaded, "dead", selection, limit=sys.maxsize)
+    return tuple([letter.message_id async for page in pages for letter in page])
+
+
+async def events(
+    loaded: Loaded, state: State, selection: Selection, *, limit: int
+) -> AsyncIterator[list[Receipt]]:
+    """Yield the first *limit* events that *selection* means, page by page, oldest first.
+
+    Between two pages nothing is held open: whoever reads our output may be slow.
+    """
+    path, after, left = await _outbox_path(loaded), 0, limit
+    while left > 0:
+        size = min(left, _PAGE)
+        async with _reading(path) as reader:
+            page = await reader.select(state, selection, after=after, limit=size)
+        if page:
+            yield page
+        if len(page) < size:
+            return
+        after, left = page[-1].seq, left - size
+
+
+async def receipt(loaded: Loaded, message_id: str) -> Receipt | None:
+    """Return where one event stands; None for an id that is not known (any more)."""
+    async with _reading(await _outbox_path(loaded)) as reader:
+        return await reader.receipt(message_id)
+
+
+# --- who has the outbox ---
+
+
+@asynccontextmanager
+async def _at_hand(loaded: Loaded) -> AsyncIterator[DaemonClient | _Alone]:
+    """Yield what can change the outbox: the daemon that answers, else a writer of our own."""
+    ingest, outbox = loaded.settings.ingest, loaded.settings.outbox
+    async with open_client(ingest.host, ingest.port) as client:
+        if await _answers(client, loaded):
+            yield client
+            return
+    if not _exists(outbox.path):
+        raise OutboxError(f"{_nothing_at(outbox.path)}; nothing to change")
+    # What the writer has to say belongs to stderr; unconfigured, it would go to stdout.
+    logs.configure("warning", "console", sys.stderr, logs.Redactor())
+    policy = Policy(
+        max_bytes=int(outbox.max_size),
+        evicts=False,  # nothing is appended here
+        remember=outbox.delivered_retention > 0,
+    )
+    async with (
+        open_writer(outbox.path, policy, SystemClock()) as writer,
+        open_own_reader(outbox.path) as reader,
+    ):
+        yield _Alone(loaded, reader, writer)
+
+
+async def _answers(client: DaemonClient, loaded: Loaded) -> bool:
+    """Return whether *client* reaches the daemon of this outbox; False if none runs.
+
+    Raises `DaemonSilentError` if one holds the lock but does not answer.
+    """
+    try:
+        status = await client.status()
+        if _is_of(status, loaded):
+            return True
+        silence = _stranger(client, status)
+    except DaemonSilentError as exc:
+        silence = str(exc)
+    path = loaded.settings.outbox.path
+    with lock.shared(path) as is_free:
+        if is_free:
+            return False
+    raise DaemonSilentError(
+        f"{_holder(path)}, but {silence}; is it starting or stopping? Try again, or restart it"
+    )
+
+
+def _is_of(status: Status, loaded: Loaded) -> bool:
+    """Whether the daemon that answered is the one meant.
+
+    Under systemd the outbox is elsewhere than for a person who typed the same command: where
+    outbox.path was not chosen, the daemon knows best.
+    """
+    if loaded.origins["outbox.path"] == "default":
+        return True
+    return Path(status.outbox.path).resolve() == loaded.settings.outbox.path.resolve()
+
+
+async def _outbox_path(loaded: Loaded) -> Path:
+    """Return the outbox to read: the daemon's where none was chosen and one answers."""
+    settings = loaded.settings
+    if loaded.origins["outbox.path"] == "default":
+        try:
+            async with open_client(settings.ingest.host, settings.ingest.port) as client:
+                return Path((await client.status()).outbox.path)
+        except (DaemonSilentError, DaemonRefusedError):
+            pass
+    return settings.outbox.path
+
+
+def _stranger(client: DaemonClient, status: Status) -> str:
+    return f"the agent at {client.address} keeps another outbox, {status.outbox.path}"
+
+
+def _holder(path: Path) -> str:
+    try:
+        pid = lock.lock_path(path).read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        pid = ""
+    return f"process {pid or '(unknown)'} owns {path}"
+
+
+# --- without a daemon ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    """Does what `DaemonClient` asks for, while the lock keeps daemons away."""
+
+    loaded: Loaded
+    reader: Reader
+    writer: Writer
+
+    async def pause(self) -> Status:
+        return await self._set_paused(True)
+
+    async def resume(self) -> Status:
+        return await self._set_paused(False)
+
+    async def _set_paused(self, paused: bool) -> Status:
+        await self.writer.perform(lambda store: store.set_paused(paused))
+        return await _count(self.reader, self.loaded)
+
+    async def requeue(self, selection: Selection) -> int:
+        now_ms = SystemClock().wall_ms()
+        return await dead_letters.requeue(self.reader, self.writer, selection, now_ms=now_ms)
+
+    async def discard(self, selection: Selection) -> int:
+        return await dead_letters.discard(self.reader, self.writer, selection)
+
+
+async def _from_file(loaded: Loaded, silence: str) -> Report:
+    """Count what the file holds; *silence* says why it is not the daemon that tells."""
+    path = loaded.settings.outbox.path
+    try:
+        with lock.shared(path) as is_free:
+            pass
+        if is_free and not _exists(path):
+            return _empty(loaded)
+        async with _reading(path) as reader:
+            status = await _count(reader, loaded)
+    except OutboxError as exc:
+        return _unreadable(loaded, str(exc))
+    if is_free:
+        return status
+    return msgspec.structs.replace(
+        status, state="unresponsive", reason=f"{_holder(path)}, but {silence}"
+    )
+
+
+async def _count(reader: Reader, loaded: Loaded) -> Status:
+    return await collect(
+        reader,
+        now_ms=SystemClock().wall_ms(),
+        upstream=loaded.settings.upstream.url or "",
+        max_bytes=loaded.settings.outbox.max_size,
+        flow=None,
+    )
+
+
+def _empty(loaded: Loaded) -> Status:
+    """Return the status of a machine on which the agent has not run yet."""
+    outbox = loaded.settings.outbox
+    return Status(
+        state="stopped",
+        reason=_nothing_at(outbox.path),
+        accepted=0,
+        delivered=0,
+        pending=0,
+        dead=0,
+        discarded=0,
+        evicted=0,
+        duplicates=0,
+        conflicts=0,
+        oldest_pending_age_s=None,
+        next_attempt_in_s=None,
+        last_error=None,
+        last_error_age_s=None,
+        in_flight=0,
+        parked_users=0,
+        ambiguous=0,
+        outbox=OutboxStatus(
+            path=str(outbox.path),
+            bytes=0,
+            wal_bytes=0,
+            max_bytes=int(outbox.max_size),
+            full=None,
+            fault=None,
+        ),
+        upstream=loaded.settings.upstream.url or "",
+        version=__version__,
+    )
+
+
+def _unreadable(loaded: Loaded, reason: str) -> Unreadable:
+    return Unreadable(
+        state="unreadable",
+        reason=reason,
+        outbox={"path": str(loaded.settings.outbox.path)},
+        version=__version__,
+    )
+
+
+def _nothing_at(path: Path) -> str:
+    return f"{path}: no outbox here; the agent has not run yet, or outbox.path names another place"
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as exc:  # a folder on the way that this user may not enter
+        raise OutboxError(
+            f"{path}: cannot be looked at ({exc.strerror}); run as the agent's user, as a member of"
+            " its group, or as root"
+        ) from exc
+
+
+@asynccontextmanager
+async def _reading(path: Path) -> AsyncIterator[Reader]:
+    _exists(path)
+    async with open_reader(path) as reader:
+        yield reader
+
+
+# --- ids ---
+
+
+def _parts(loaded: Loaded, selection: Selection) -> Iterator[Selection]:
+    """Yield *selection* in parts whose ids fit into one request each."""
+    if not selection.message_ids:
+        yield selection
+        return
+    room = min(int(loaded.settings.ingest.max_body), _CHUNK_BYTES) // 2
+    part: list[str] = []
+    part_bytes = 0
+    for message_id in dict.fromkeys(selection.message_ids):
+        id_bytes = len(msgspec.json.encode(message_id)) + 1
+        if part and (part_bytes + id_bytes > room or len(part) == _CHUNK):
+            yield replace(selection, message_ids=tuple(part))
+            part, part_bytes = [], 0
+        part.append(message_id)
+        part_bytes += id_bytes
+    yield replace(selection, message_ids=tuple(part))
