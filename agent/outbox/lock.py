@@ -42,10 +42,7 @@ async def exclusive(outbox: Path) -> AsyncIterator[None]:
                 break
             except BlockingIOError as exc:
                 if not left:
-                    raise OutboxLockedError(
-                        f"{outbox}: in use by process {_owner(fd)}; one agent per outbox:"
-                        " stop that one, or set outbox.path to another file"
-                    ) from exc
+                    raise _refusal(outbox, fd) from exc
                 await asyncio.sleep(_TRY_INTERVAL_S)
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
@@ -76,6 +73,21 @@ def shared(outbox: Path) -> Iterator[bool]:
             yield True
     finally:
         os.close(fd)
+
+
+def _refusal(outbox: Path, fd: int) -> OutboxLockedError:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return OutboxLockedError(
+            f"{outbox}: in use by process {_owner(fd)}; one agent per outbox:"
+            " stop that one, or set outbox.path to another file"
+        )
+    # Shared is to be had: only readers are there, and the number in the file is of the past.
+    return OutboxLockedError(
+        f"{outbox}: somebody reads it while no agent runs (a status, list or show that hangs);"
+        " end that, then start again"
+    )
 
 
 def _owner(fd: int) -> str:

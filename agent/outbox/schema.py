@@ -85,6 +85,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1,)
 
 VERSION = len(MIGRATIONS)
 
+APPLICATION_ID = 0x54724167
+"""Marks the file as ours ("TrAg"), for file(1) and against opening another program's database."""
+
 
 async def migrate(db: aiosqlite.Connection, found: int) -> None:
     """Bring a database of user_version *found* to `VERSION`, one transaction a version."""
@@ -92,5 +95,6 @@ async def migrate(db: aiosqlite.Connection, found: int) -> None:
         await db.execute("BEGIN IMMEDIATE")
         for statement in MIGRATIONS[version]:
             await db.execute(statement)
+        await db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         await db.execute(f"PRAGMA user_version = {version + 1}")
         await db.commit()

@@ -178,6 +178,11 @@ DELETE FROM event
                 LIMIT :limit)
 """
 
+_PENDING = """
+SELECT pending
+  FROM ledger
+"""
+
 _SET_PAUSED = """
 UPDATE ledger
    SET paused = :paused
@@ -240,6 +245,10 @@ class Store:
     async def _known(self, event: Event) -> Appended:
         ((digest,),) = await _fetch(self._db, _DIGEST, message_id=event.message_id)
         return Appended.REPLAYED if digest == event.digest else Appended.CONFLICTING
+
+    async def knows(self, event: Event) -> bool:
+        """Return whether the id is pending, dead or remembered as delivered."""
+        return bool(await _fetch(self._db, _DIGEST, message_id=event.message_id))
 
     async def settle(
         self, settlements: Iterable[Settlement], *, now_ms: int, remember: bool
@@ -339,6 +348,11 @@ class Store:
             ]
         )
 
+    async def pending(self) -> int:
+        """Return how many events are pending."""
+        ((pending,),) = await _fetch(self._db, _PENDING)
+        return pending  # type: ignore[no-any-return]
+
     async def prune(self, cutoff_ms: int, *, limit: int) -> int:
         """Forget at most *limit* ids that were delivered before *cutoff_ms*; return how many."""
         return await self._change(_PRUNE, cutoff_ms=cutoff_ms, limit=limit)
@@ -346,10 +360,10 @@ class Store:
     async def set_paused(self, paused: bool) -> None:
         await self._change(_SET_PAUSED, paused=paused)
 
-    async def used_bytes(self) -> int:
-        """Return the bytes of the database that hold something: all pages less the free ones."""
+    async def space(self) -> tuple[int, int]:
+        """Return the bytes of the database that hold something, and those of its free pages."""
         ((pages, free, page_bytes),) = await _fetch(self._db, _PAGES)
-        return (pages - free) * page_bytes  # type: ignore[no-any-return]
+        return (pages - free) * page_bytes, free * page_bytes
 
     async def free_pages(self) -> int:
         """Return how many pages of the file hold nothing."""
@@ -357,8 +371,11 @@ class Store:
         return free  # type: ignore[no-any-return]
 
     async def vacuum(self, pages: int) -> None:
-        """Give up to *pages* free pages back to the filesystem."""
-        await _fetch(self._db, f"PRAGMA incremental_vacuum({pages:d})")
+        """Give up to *pages* free pages back to the filesystem.
+
+        By a script, which steps the pragma to its end and commits first; `execute` frees one page.
+        """
+        await self._db.executescript(f"PRAGMA incremental_vacuum({pages:d})")
 
     async def _change(self, sql: str, **values: Any) -> int:
         return (await self._db.execute(sql, values)).rowcount

@@ -24,7 +24,7 @@ import asyncio
 import sqlite3
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -40,8 +40,9 @@ from agent.errors import (
     OutboxUnavailableError,
 )
 from agent.event import Event
-from agent.outbox import lock, schema
+from agent.outbox import database, lock
 from agent.outbox.records import Appended, Settlement
+from agent.outbox.reserve import Reserve
 from agent.outbox.store import Store
 
 T = TypeVar("T")
@@ -58,15 +59,18 @@ GROUP_BYTES = 16 * 1024 * 1024
 _ROW_OVERHEAD_BYTES = 256
 """What an event takes beside its body: id, index entries, page slack. Corrected after each commit."""
 
+_BARE_BYTES = 40 * 1024
+"""What an outbox without events takes; an event that does not fit beside it never will."""
+
 _EVICT_LIMIT = 10_000
 _PRUNE_LIMIT = 1_000
 """Rows evicted and ids forgotten in one transaction at most, to keep it short."""
 
+_DISK_FULL_INTERVAL_S = 1.0
+"""How long settlements that do not fit on the disk wait before the next try."""
+
 _REOPEN_INTERVAL_S = 1.0
 """How long an outbox that failed is left alone before the next try to reopen it."""
-
-_BUSY_TIMEOUT_S = 5.0
-"""A reader that recovers the log after a crash holds the database for moments; nobody else does."""
 
 log = structlog.get_logger()
 
@@ -127,6 +131,8 @@ class Writer:
         self._db: aiosqlite.Connection | None = None
         self._store: Store | None = None
         self._used_bytes = 0
+        self._free_bytes = 0
+        self._reserve = Reserve(path, max_bytes=policy.max_bytes)
 
     # --- what callers ask ---
 
@@ -220,28 +226,63 @@ class Writer:
 
     async def _commit_group(self, appends: list[_Append], settles: list[_Settle]) -> None:
         try:
-            appends = await self._admit(appends)
-            results = await self._transact(appends, settles)
+            if not self._reserve.held:
+                appends = self._admit_into_free_pages(appends)
+            if self._over_quota(appends) > 0:
+                # They make room, so they go first and alone.
+                await self._commit([], settles)
+                settles = []
+                appends = await self._admit(appends)
+            await self._commit(appends, settles)
         except sqlite3.Error as exc:
             self._settles.extendleft(reversed(settles))
             if not _is_full(exc):
                 self._break(exc)
                 _fail(appends, OutboxUnavailableError(self.fault))
             elif appends:
-                # The settlements are tried again without them: they make room.
+                # The settlements are tried again without them.
                 _fail(appends, self._disk_full())
             else:
-                self._disk_full()
-                await asyncio.sleep(_REOPEN_INTERVAL_S)
+                await self._wait_for_disk()
+
+    async def _commit(self, appends: list[_Append], settles: list[_Settle]) -> None:
+        """Commit a group and answer those who wait for it."""
+        if not appends and not settles:
             return
-        if appends:
-            self.full = None
+        results = await self._transact(appends, settles)
         for job, result in zip(appends, results, strict=True):
             _resolve(job.done, result)
         for settle in settles:
             _resolve(settle.done, None)
         if any(Appended.STORED in result for result in results):
+            self.full = None
             self.appended.set()
+
+    async def _wait_for_disk(self) -> None:
+        """Settlements do not fit on the disk: use the reserve, or wait for room."""
+        self._disk_full()
+        if self._reserve.release():
+            log.warning("outbox.reserve_released", path=str(self.path))
+            with suppress(sqlite3.Error):  # the settlements say it again if it does not fit
+                await self._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+        elif self._stopping:
+            self._abandon_settles()
+        else:
+            await asyncio.sleep(_DISK_FULL_INTERVAL_S)
+
+    def _admit_into_free_pages(self, appends: list[_Append]) -> list[_Append]:
+        """Return the appends that fit without growing the file, unless the reserve is held again."""
+        if not appends or self._reserve.keep():
+            return appends
+        admitted: list[_Append] = []
+        room = self._free_bytes // 2
+        for job in appends:
+            if _footprint(job) <= room:
+                room -= _footprint(job)
+                admitted.append(job)
+            else:
+                _reject(job.done, self._disk_full())
+        return admitted
 
     async def _transact(
         self, appends: list[_Append], settles: list[_Settle]
@@ -283,7 +324,7 @@ class Writer:
         await db.execute("BEGIN IMMEDIATE")
         try:
             yield self._store
-            self._used_bytes = await self._store.used_bytes()
+            self._used_bytes, self._free_bytes = await self._store.space()
             await db.commit()
         except BaseException:
             if db.in_transaction:
@@ -293,19 +334,26 @@ class Writer:
 
     # --- the quota ---
 
+    def _over_quota(self, appends: list[_Append]) -> int:
+        """Return by how many bytes the outbox would outgrow its quota."""
+        if not appends:
+            return 0
+        return self._used_bytes + sum(map(_footprint, appends)) - self._policy.max_bytes
+
     async def _admit(self, appends: list[_Append]) -> list[_Append]:
-        """Return the appends that fit the quota; refuse the others, or make room by policy."""
-        wanted = sum(map(_footprint, appends))
-        if not appends or self._used_bytes + wanted <= self._policy.max_bytes:
-            return appends
-        await self._make_room(self._used_bytes + wanted - self._policy.max_bytes)
-        if self._policy.evicts:
-            return appends
+        """Make room as far as the policy lets, and return the appends that fit; refuse the others."""
+        possible = [
+            job for job in appends if _footprint(job) + _BARE_BYTES <= self._policy.max_bytes
+        ]
+        while (over := self._over_quota(possible)) > 0 and await self._make_room(over):
+            pass
         admitted: list[_Append] = []
         room = self._policy.max_bytes - self._used_bytes
         for job in appends:
-            room -= _footprint(job)
-            if room >= 0:
+            if _footprint(job) <= room:
+                room -= _footprint(job)
+                admitted.append(job)
+            elif await self._knows(job):  # a replay takes no room, and is answered as ever
                 admitted.append(job)
             else:
                 self.full = (
@@ -316,17 +364,31 @@ class Writer:
                 _reject(job.done, OutboxFullError(self.full))
         return admitted
 
-    async def _make_room(self, room_bytes: int) -> None:
-        """Forget delivered ids, oldest first; with `drop_oldest`, discard pending events, too."""
-        evicted = 0
+    async def _knows(self, job: _Append) -> bool:
+        if self._store is None:
+            raise AssertionError("a connection without its store")
+        for event in job.events:
+            if not await self._store.knows(event):
+                return False
+        return True
+
+    async def _make_room(self, room_bytes: int) -> int:
+        """Discard the oldest pending events, if that is the policy; return how many rows went.
+
+        The oldest delivered ids are forgotten, too; without that policy only when nothing is
+        pending, for then nothing else would ever make room.
+        """
+        forgotten = evicted = 0
         async with self._transaction() as store:
-            pruned = await store.prune(self._clock.wall_ms(), limit=_PRUNE_LIMIT)
+            if self._policy.evicts or not await store.pending():
+                forgotten = await store.prune(self._clock.wall_ms(), limit=_PRUNE_LIMIT)
             if self._policy.evicts:
                 evicted = await store.evict(room_bytes, limit=_EVICT_LIMIT)
         if evicted:
             log.warning("outbox.events_evicted", events=evicted, max_bytes=self._policy.max_bytes)
-        if pruned:
-            log.warning("outbox.delivered_ids_forgotten", ids=pruned, reason="outbox full")
+        if forgotten:
+            log.warning("outbox.delivered_ids_forgotten", ids=forgotten, why="outbox full")
+        return forgotten + evicted
 
     def _disk_full(self) -> OutboxFullError:
         self.full = f"{self.path.parent}: no space left on the disk; free some"
@@ -347,9 +409,18 @@ class Writer:
 
     async def open(self) -> None:
         """Open, recover and migrate the database. Raises `OutboxError` if it cannot be used."""
-        self._db = await _connect(self.path)
-        self._store = await Store.on(self._db)
-        self._used_bytes = await self._store.used_bytes()
+        db = await database.connect(self.path)
+        try:
+            store = await Store.on(db)
+            self._used_bytes, self._free_bytes = await store.space()
+        except sqlite3.Error as exc:
+            await db.close()
+            raise OutboxError(
+                f"{self.path}: damaged ({exc}); move it aside together with its -wal and -shm"
+                " files: the agent then starts with a new one"
+            ) from exc
+        self._db, self._store = db, store
+        self._reserve.keep()
 
     async def close(self) -> None:
         """Checkpoint and close; what is committed stays whatever happens here."""
@@ -361,6 +432,7 @@ class Writer:
                 log.warning("outbox.checkpoint_failed", path=str(self.path), error=str(exc))
             finally:
                 await db.close()
+                self._reserve.release()
 
     def _break(self, exc: sqlite3.Error) -> None:
         """Stop acknowledging: after a failed write or sync this connection's word means nothing."""
@@ -421,40 +493,6 @@ async def open_writer(path: Path, policy: Policy, clock: Clock) -> AsyncIterator
                     await asyncio.wait([running])
         finally:
             await writer.close()
-
-
-async def _connect(path: Path) -> aiosqlite.Connection:
-    db = aiosqlite.connect(path, isolation_level=None, timeout=_BUSY_TIMEOUT_S)
-    try:
-        await db
-        ((found,),) = await db.execute_fetchall("PRAGMA user_version")
-        _require_known(path, found)
-        if found == 0:
-            # Only takes hold before the first table is made.
-            await db.execute_fetchall("PRAGMA auto_vacuum = INCREMENTAL")
-        await db.execute_fetchall("PRAGMA journal_mode = WAL")
-        await db.execute_fetchall("PRAGMA synchronous = FULL")
-        # After a burst the write-ahead log shrinks back to this.
-        await db.execute_fetchall("PRAGMA journal_size_limit = 8388608")
-        await schema.migrate(db, found)
-    except sqlite3.Error as exc:
-        await db.close()
-        raise OutboxError(
-            f"{path}: cannot open the outbox ({exc}); check that the file is a tranthor-agent"
-            " outbox, that this user may write to it and to its folder, and that the disk works"
-        ) from exc
-    except BaseException:
-        await db.close()
-        raise
-    return db
-
-
-def _require_known(path: Path, version: int) -> None:
-    if version > schema.VERSION:
-        raise OutboxError(
-            f"{path}: written by a newer version (schema {version}, this one knows"
-            f" {schema.VERSION}); install the newer version, or set outbox.path to a new file"
-        )
 
 
 def _is_full(exc: sqlite3.Error) -> bool:

@@ -1,0 +1,58 @@
+"""Disk space kept back, so that deleting works when no byte is left.
+
+To delete a row SQLite writes: the page into its log, and on a checkpoint what the log holds beyond
+the end of the file. On a disk that events have filled, neither fits, and what was delivered could
+never be recorded. So a file of its own holds some space; when settlements meet a full disk it is
+let go, and it is taken again when there is room. Until then events are accepted only into the
+pages that settling has freed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+LARGEST_BYTES = 16 * 1024 * 1024
+"""What a log of one large group takes, twice over; more would help nobody."""
+
+_SHARE_OF_QUOTA = 16
+_SHARE_OF_DISK = 4
+"""The reserve is at most these parts of outbox.max_size and of what is free at the start."""
+
+
+class Reserve:
+    """The file beside the outbox. *held* says whether the space is kept now."""
+
+    def __init__(self, outbox: Path, *, max_bytes: int) -> None:
+        self.held = False
+        self._path = outbox.with_name(f"{outbox.name}.reserve")
+        self._max_bytes = max_bytes
+
+    def keep(self) -> bool:
+        """Take the space if there is room for it; return whether it is held."""
+        if not self.held:
+            try:
+                self._allocate()
+            except OSError:  # no room, or a filesystem without it: then there is no reserve
+                self._path.unlink(missing_ok=True)
+            else:
+                self.held = True
+        return self.held
+
+    def release(self) -> bool:
+        """Let the space go; return False if there was none left."""
+        released, self.held = self.held, False
+        self._path.unlink(missing_ok=True)
+        return released
+
+    def _allocate(self) -> None:
+        disk = os.statvfs(self._path.parent)
+        free_bytes = disk.f_bavail * disk.f_frsize
+        wanted = min(
+            LARGEST_BYTES, self._max_bytes // _SHARE_OF_QUOTA, free_bytes // _SHARE_OF_DISK
+        )
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            os.posix_fallocate(fd, 0, wanted)
+        finally:
+            os.close(fd)
