@@ -122,7 +122,11 @@ def load(
     faults.extend(f"{file or 'environment'}: {fault}" for fault in _contradictions(values, origins))
     if faults:
         raise ConfigError("\n".join(faults))
-    problems = [*_settle_key(values, origins, environ), *_file_problems(values), *_near(environ)]
+    problems = [
+        *_settle_key(values, origins, environ, file),
+        *_file_problems(values),
+        *_near(environ),
+    ]
     if values.get("outbox.path", Path()) == Path():
         values["outbox.path"], origins["outbox.path"] = _outbox_path(environ, file)
     return Loaded(settings=_build(values), file=file, origins=origins, problems=tuple(problems))
@@ -458,7 +462,7 @@ _KEY_PROBLEM = "upstream.write_key"
 
 
 def _settle_key(
-    values: dict[str, Any], origins: dict[str, str], environ: Mapping[str, str]
+    values: dict[str, Any], origins: dict[str, str], environ: Mapping[str, str], file: Path | None
 ) -> Iterator[str]:
     """Put the write key that counts into *values*, or yield what is wrong with it."""
     name = _KEY_PROBLEM
@@ -469,11 +473,10 @@ def _settle_key(
             key = _read_key(path)
             if key is None:
                 yield f"{name}: the file is empty; put the write key into it"
-        elif key is None and (folder := environ.get("CREDENTIALS_DIRECTORY")):
+        elif key is None and (credential := _credential(environ, file)):
             name = f"upstream.write_key (systemd credential {CREDENTIAL})"
-            if (Path(folder) / CREDENTIAL).exists():
-                # The unit gives an empty one where no key was installed yet: that is none.
-                key = _read_key(Path(folder) / CREDENTIAL)
+            # The unit gives an empty one where no key was installed yet: that is none.
+            key = _read_key(credential)
             if key is not None:
                 origins[_KEY_PROBLEM] = f"credential {CREDENTIAL}"
         if key is not None and not (key.reveal().isascii() and key.reveal().isprintable()):
@@ -486,6 +489,21 @@ def _settle_key(
         key = None
         yield f"{name}: cannot be read ({exc.strerror}); check the path and its permissions"
     values[_KEY_PROBLEM] = key
+
+
+def _credential(environ: Mapping[str, str], file: Path | None) -> Path | None:
+    """Return the file of the systemd credential, if there is one.
+
+    A person's command has none handed over; with the system's configuration it means the service,
+    and reads what the unit loads.
+    """
+    if folder := environ.get("CREDENTIALS_DIRECTORY"):
+        credential = Path(folder) / CREDENTIAL
+    elif file == SYSTEM_FILE:
+        credential = SYSTEM_FILE.with_name(CREDENTIAL)
+    else:
+        return None
+    return credential if credential.exists() else None
 
 
 def _read_key(path: Path) -> WriteKey | None:

@@ -58,7 +58,7 @@ class AgentProcess:
         async with asyncio.timeout(DEADLINE_S):
             while not await self._is_ready():
                 assert self.process.returncode is None, self.log.read_text()
-                await asyncio.sleep(_POLL_S)  # noqa: ASYNC110  # another process
+                await asyncio.sleep(_POLL_S)  # another process
 
     async def _is_ready(self) -> bool:
         try:
@@ -101,8 +101,8 @@ class AgentProcess:
         status: dict[str, Any] = {}
         try:
             async with asyncio.timeout(DEADLINE_S):
-                while not condition(status := await self.status()):
-                    await asyncio.sleep(_POLL_S)  # noqa: ASYNC110  # another process
+                while not condition(status := await self.status()):  # noqa: ASYNC110  # it is another process
+                    await asyncio.sleep(_POLL_S)  # another process
         except TimeoutError:
             raise AssertionError(f"never so: {status}\n{self.log.read_text()[-2000:]}") from None
         return status

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from math import inf
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -429,5 +429,11 @@ class AnyHistory(RuleBasedStateMachine):
             assert isinstance(self.link.state, Closed)
 
 
-AnyHistory.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+# A busy machine draws slowly; that is no fault of what is tested.
+AnyHistory.TestCase.settings = settings(
+    max_examples=100,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 TestAnyHistory = AnyHistory.TestCase

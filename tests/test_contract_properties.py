@@ -11,9 +11,10 @@ import re
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent.errors import InvalidEventError
@@ -21,6 +22,9 @@ from agent.event import MAX_BODY_BYTES, Event, parse_track
 
 IDS = ("messageId", "event", "userId", "anonymousId")
 NULLABLE = ("userId", "anonymousId", "timestamp", "context", "properties", "files")
+
+# A busy machine draws slowly; that is no fault of what is tested.
+BUSY = [HealthCheck.too_slow]
 
 # --- the judge ---------------------------------------------------------------------------------------
 
@@ -146,10 +150,19 @@ def in_utc(at: datetime) -> str:
 
 
 def id_text(value: float) -> str:
-    """As ECMAScript writes a number; of a whole one every digit."""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e21:
+    """As ECMAScript writes a number (ECMA-262, Number::toString); of a whole one every digit."""
+    if isinstance(value, int) or (value.is_integer() and abs(value) < 1e21):
         return str(int(value))
-    return str(value)
+    sign, figures, exponent = Decimal(repr(value)).normalize().as_tuple()
+    digits = "".join(map(str, figures))
+    point = len(digits) + int(exponent)
+    if 0 < point <= 21:
+        text = f"{digits[:point]}.{digits[point:]}"
+    elif -6 < point <= 0:
+        text = f"0.{'0' * -point}{digits}"
+    else:
+        text = f"{digits[0]}{'.' if digits[1:] else ''}{digits[1:]}e{point - 1:+d}"
+    return f"{'-' if sign else ''}{text}"
 
 
 def repaired(fields: dict[str, Any], received: str) -> dict[str, Any]:
@@ -246,8 +259,9 @@ timestamps = st.one_of(
     st.builds(lambda at, write, zone: write(at) + zone, instants, written, zones),
     st.dates().map(str),
 )
-# Below 1e-4 ECMAScript and Python write a number differently; that has a test of its own.
-id_numbers = st.one_of(st.integers(), st.floats(1e-3, 1e300), st.floats(-1e300, -1e-3))
+id_numbers = st.one_of(
+    st.integers(-(10**30), 10**30), st.floats(allow_nan=False, allow_infinity=False)
+)
 ids = st.one_of(st.text(min_size=1, max_size=12), id_numbers)
 tame_trees = trees(tame_keys, text).filter(
     lambda tree: "Infinity" not in json.dumps(tree) and not re.search(r"\d{308}", json.dumps(tree))
@@ -296,6 +310,23 @@ wild_text = st.sampled_from(
 )
 
 
+# One thing wrong behind a sound body: each is drawn a few times in every run.
+stings = st.sampled_from(
+    [
+        *((f'"{name}"', '""') for name in IDS),
+        ('"x"', json.dumps(deep(100))),
+        ('"x"', '[{"__proto__":1}]'),
+        ('"x"', r'{"\u005f_proto__":1}'),
+        ('"x"', '{"constructor":{"prototype":1}}'),
+        ('"x"', "1" + "0" * 309),
+        ('"x"', "-1" + "0" * 309),
+        ('"x"', "NaN"),
+        ('"x"', r'"\udead"'),
+        ('"timestamp"', '"2026-W48-1"'),
+    ]
+)
+
+
 @st.composite
 def bodies(draw: st.DrawFn) -> bytes:
     """A body, sound or with members replaced, taken away or written twice."""
@@ -310,8 +341,8 @@ def bodies(draw: st.DrawFn) -> bytes:
         return written
 
     members = [(write(name), write(value)) for name, value in draw(sound_members()).items()]
-    if draw(st.integers(0, 19)) == 7:
-        members.append((write("one level too deep"), write(deep(100))))
+    if draw(st.sampled_from([True, False, False])):
+        members.append(draw(stings))
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 1, 2]))):
         name = write(draw(st.one_of(st.sampled_from([*IDS, *NULLABLE, "type", "new"]), keys)))
         if draw(st.booleans()):
@@ -372,7 +403,7 @@ def check(raw: bytes, received_ms: int) -> None:
     }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=BUSY)
 @given(raw=bodies(), received_ms=receipts)
 def test_what_is_stored_is_what_was_said_and_keeps_the_contract(
     raw: bytes, received_ms: int
@@ -380,7 +411,7 @@ def test_what_is_stored_is_what_was_said_and_keeps_the_contract(
     check(raw, received_ms)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=BUSY)
 @given(raw=noise(), received_ms=receipts)
 def test_damaged_bytes_are_judged_alike_and_raise_nothing_else(
     raw: bytes, received_ms: int
@@ -388,7 +419,7 @@ def test_damaged_bytes_are_judged_alike_and_raise_nothing_else(
     check(raw, received_ms)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=BUSY)
 @given(members=sound_members(), first_ms=receipts, again_ms=receipts)
 def test_a_stored_body_read_again_is_the_same_event(
     members: dict[str, Any], first_ms: int, again_ms: int
