@@ -13,7 +13,7 @@ import os
 import random
 import signal
 from collections.abc import AsyncIterator, Coroutine, MutableMapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import structlog
@@ -34,7 +34,7 @@ from agent.outbox.reader import Reader, open_own_reader
 from agent.outbox.upkeep import Retention, keep_up
 from agent.outbox.writer import Policy, Writer, open_writer
 from agent.settings import Settings
-from agent.systemd import Notifier, WatchdogGate, watchdog_interval_s
+from agent.systemd import Notifier, WatchdogGate, inherited_sockets, watchdog_interval_s
 
 STATUS_INTERVAL_S = 10.0
 """How often the service manager's one-line status is brought up to date."""
@@ -76,7 +76,9 @@ async def run(loaded: Loaded, environ: MutableMapping[str, str]) -> None:
             upstream=settings.upstream.url,
             max_bytes=int(settings.outbox.max_size),
         )
-        addresses = await enter(_serving(settings, _routes(settings, writer, clock, control)))
+        addresses = await enter(
+            _serving(settings, _routes(settings, writer, clock, control), environ)
+        )
         await enter(_background(_report(notifier, reader, forwarder)))
         await enter(_background(_feed_watchdog(notifier, writer, clock, environ)))
         log.info(
@@ -87,12 +89,12 @@ async def run(loaded: Loaded, environ: MutableMapping[str, str]) -> None:
             upstream=settings.upstream.url,
             config=str(loaded.file or "defaults"),
         )
-        for problem in filter(None, (*loaded.problems, unconfigured)):
+        for problem in dict.fromkeys(filter(None, (*loaded.problems, unconfigured))):
             log.error("agent.misconfigured", problem=problem)
         notifier.ready(await _summary(reader, forwarder))
         await interrupted.wait()
         notifier.stopping("finishing what is in flight")
-        log.info("agent.stopping")
+        log.info("agent.stop_requested")
     log.info("agent.stopped")
 
 
@@ -128,8 +130,7 @@ def _plan(settings: Settings) -> Plan:
     )
 
 
-@asynccontextmanager
-async def _upstream(settings: Settings, clock: Clock) -> AsyncIterator[Upstream]:
+def _upstream(settings: Settings, clock: Clock) -> AbstractAsyncContextManager[Upstream]:
     upstream = settings.upstream
     if upstream.write_key is None:
         raise AssertionError("an upstream without its key counts as not configured")
@@ -144,8 +145,7 @@ async def _upstream(settings: Settings, clock: Clock) -> AsyncIterator[Upstream]
         client_key=upstream.client_key,
         proxy=upstream.proxy or None,
     )
-    async with open_upstream(target, clock, connections=settings.forward.concurrency) as opened:
-        yield opened
+    return open_upstream(target, clock, connections=settings.forward.concurrency)
 
 
 def _routes(settings: Settings, writer: Writer, clock: Clock, control: Control) -> Routes:
@@ -161,18 +161,23 @@ def _routes(settings: Settings, writer: Writer, clock: Clock, control: Control) 
     )
 
 
-@asynccontextmanager
-async def _serving(settings: Settings, routes: Routes) -> AsyncIterator[list[str]]:
+def _serving(
+    settings: Settings, routes: Routes, environ: MutableMapping[str, str]
+) -> AbstractAsyncContextManager[list[str]]:
     ingest = settings.ingest
     guard = Guard(
-        allowed_hosts=frozenset(name.lower() for name in ingest.allowed_hosts),
+        allowed_hosts=frozenset(ingest.allowed_hosts),
         allowed_origins=frozenset(ingest.allowed_origins),
         max_body_bytes=ingest.max_body,
     )
-    async with serving(
-        guard, routes.answer, host=ingest.host, port=ingest.port, unix_socket=ingest.unix_socket
-    ) as addresses:
-        yield addresses
+    return serving(
+        guard,
+        routes.answer,
+        host=ingest.host,
+        port=ingest.port,
+        unix_socket=ingest.unix_socket,
+        inherited=inherited_sockets(environ, os.getpid()),
+    )
 
 
 # --- beside the way of an event ---

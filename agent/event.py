@@ -254,7 +254,6 @@ def _check_types(fields: dict[str, Any]) -> None:
 
 _FILE_TYPE = "Base64Encoded"
 
-_AT = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _EXPECTED = re.compile(r"^Expected `(?P<expected>.*)`, got `(?P<got>.*)`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<name>.*)`$")
 _JSON_WORDS = {
@@ -272,10 +271,8 @@ _JSON_WORDS = {
 
 def _field_first(message: str) -> str:
     """Return msgspec's message with the field in front: `properties: expected object, got array`."""
-    at = _AT.match(message)
-    if at is None:  # the pattern matches every text
-        raise AssertionError(message)
-    what, path = at["what"], at["path"] or ""
+    what, _, where = message.partition(" - at `$")
+    path = where.removesuffix("`").removeprefix(".")
     if missing := _MISSING.match(what):
         return f"{path}{'.' if path else ''}{missing['name']}: required, but missing"
     if expected := _EXPECTED.match(what):

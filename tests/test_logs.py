@@ -15,7 +15,8 @@ import structlog
 
 from agent.errors import ConfigError
 from agent.observe import logs
-from agent.observe.logs import MASK, Redactor
+from agent.observe.logs import Redactor
+from agent.units import MASK
 
 CANARY = "wk_live/Ca+nary:7f3a"
 

@@ -1,7 +1,7 @@
 """The durable queue: commits, quota, faults of the disk, and those who read beside the writer.
 
 The disk fails for real here: by a limit on the size of files, by a limit on the pages of the
-database, and, where this may mount one, on a filesystem of a megabyte. An fsync that fails, and
+database, and, where this may mount one, on a filesystem of a few megabytes. An fsync that fails, and
 what a power cut leaves of writes that were not synced, are out of reach of such means.
 """
 
@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -580,10 +581,15 @@ async def test_acks_get_through_however_many_apps_knock_at_a_full_disk(outbox: P
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of 8 MiB."""
-    folder = tmp_path / "disk"
+    with _disk(tmp_path / "disk", "8m") as folder:
+        yield folder
+
+
+@contextmanager
+def _disk(folder: Path, size: str) -> Iterator[Path]:
+    """Mount a filesystem of its own at *folder*."""
     folder.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(options, check=False, capture_output=True).returncode:
         pytest.skip("may not mount a filesystem here")
     try:
@@ -609,6 +615,55 @@ async def test_acks_work_on_a_disk_without_a_byte_left(small_disk: Path) -> None
 
         assert (await reader.ledger()).delivered == stored
         assert await writer.append([_event("again")]) == [Appended.STORED]
+
+
+@pytest.mark.parametrize("body_bytes", [60_000, 200_000, 1_500_000])
+async def test_acks_of_large_events_work_on_a_disk_without_a_byte_left(
+    tmp_path: Path, body_bytes: int
+) -> None:
+    with _disk(tmp_path / "disk", "64m") as disk:
+        async with _opened(disk / "outbox.db") as (writer, reader):
+            stored = await _fill(writer, size=body_bytes)
+            _occupy(disk)
+            await _ack(writer, 1, stored)
+
+            assert (await reader.ledger()).delivered == stored
+
+
+async def test_acks_work_after_a_kill_9_on_a_disk_without_a_byte_left(small_disk: Path) -> None:
+    outbox = small_disk / "outbox.db"
+    _filled_and_killed(outbox)
+    _occupy(small_disk)
+    async with _opened(outbox) as (writer, reader):
+        _occupy(small_disk)
+        heads = await reader.scan(after=0, limit=UNSETTLED)
+        assert len(heads) == UNSETTLED
+        acks = [writer.settle(Ack(head.seq)) for head in heads]
+        _, late = await asyncio.wait(acks, timeout=LIMIT_S / 2)
+        assert not late
+
+
+FILLING = """
+import asyncio, os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from test_outbox import SPACIOUS, _fill
+from agent.clock import SystemClock
+from agent.outbox.writer import open_writer
+
+async def main():
+    async with open_writer(Path(sys.argv[1]), SPACIOUS, SystemClock()) as writer:
+        await _fill(writer)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+def _filled_and_killed(outbox: Path) -> None:
+    filling = [sys.executable, "-c", FILLING, str(outbox), str(Path(__file__).parent)]
+    ended = subprocess.run(filling, cwd=ROOT, check=False, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
 
 
 async def test_acks_that_did_not_fit_are_written_when_there_is_room(small_disk: Path) -> None:

@@ -1,1 +1,1 @@
-"""What a person sees and does: commands, status, dashboard, demo and sandbox."""
+"""What a person sees and does: commands, status, control API, demo and sandbox."""

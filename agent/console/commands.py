@@ -25,7 +25,6 @@ from agent.console.invocation import (
     PROGRAM,
     Program,
     complain,
-    complete,
     echo_json,
     program,
     settings_in_effect,
@@ -70,8 +69,8 @@ def status(ctx: click.Context, watch: bool, as_json: bool) -> None:
 
     loaded = settings_in_effect()
     if watch:
-        complete(_watch(loaded, as_json=as_json))
-    report = complete(inspect(loaded))
+        asyncio.run(_watch(loaded, as_json=as_json))
+    report = asyncio.run(inspect(loaded))
     if as_json:
         echo_json(report)
     else:
@@ -143,7 +142,7 @@ def show(ctx: click.Context, message_id: str, as_json: bool) -> None:
     from agent.console.operations import receipt
 
     loaded = settings_in_effect()
-    found = complete(receipt(loaded, message_id))
+    found = asyncio.run(receipt(loaded, message_id))
     if found is None:
         kept = loaded.settings.outbox.delivered_retention.text
         complain(
@@ -173,7 +172,7 @@ def pause() -> None:
     """
     from agent.console.operations import pause as pause_agent
 
-    after = complete(pause_agent(settings_in_effect()))
+    after = asyncio.run(pause_agent(settings_in_effect()))
     click.echo(
         f"paused: {count(after.pending, 'event')} waiting, nothing is sent until {program()} resume"
     )
@@ -185,7 +184,7 @@ def resume() -> None:
     """End a pause."""
     from agent.console.operations import resume as resume_agent
 
-    after = complete(resume_agent(settings_in_effect()))
+    after = asyncio.run(resume_agent(settings_in_effect()))
     click.echo(f"resumed: {count(after.pending, 'event')} waiting")
     _tell_if_stopped(after)
 
@@ -196,7 +195,7 @@ def flush(ctx: click.Context) -> None:
     """End every wait: try to send now."""
     from agent.console.operations import flush as flush_agent
 
-    after = complete(flush_agent(settings_in_effect()))
+    after = asyncio.run(flush_agent(settings_in_effect()))
     if after is None:
         complain(f"no agent runs here, so there is nothing to hurry; start it: {program()} run")
         ctx.exit(NOT_RUNNING)
@@ -243,7 +242,7 @@ def sandbox(port: int, write_key: str | None) -> None:
 
     key = DEFAULT_WRITE_KEY if write_key is None else write_key
     try:
-        complete(run_sandbox("127.0.0.1", port, key, announce))
+        asyncio.run(run_sandbox("127.0.0.1", port, key, announce))
     except OSError as exc:
         raise AgentError(
             f"127.0.0.1:{port}: cannot listen ({os.strerror(exc.errno or 0)}); choose another --port"
@@ -260,5 +259,5 @@ def demo(ctx: click.Context) -> None:
     """
     from agent.console.demo import run_demo
 
-    if not complete(run_demo(click.echo)):
+    if not asyncio.run(run_demo(click.echo)):
         ctx.exit(1)

@@ -16,7 +16,8 @@ from agent.console.status import Flow, collect
 from agent.errors import OutboxError
 from agent.exchange import Answer, Request, answer_json, refuse
 from agent.outbox.reader import Reader
-from agent.outbox.records import Reason, Selection, State
+from agent.outbox.records import Selection, State
+from agent.outbox.refusals import RETRY_UNAVAILABLE_S, refuse_for
 from agent.outbox.writer import Writer
 
 PREFIX = "/api/agent/"
@@ -34,26 +35,17 @@ class Link(Protocol):
     def flow(self) -> Flow: ...
 
 
-class _EventsQuery(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class _EventsQuery(Selection, frozen=True, kw_only=True):
     """The query of GET events. *after* is the seq that the page before ended with."""
 
     state: State = "pending"
-    event: str | None = None
-    user: str | None = None
-    text: str | None = None
-    reason: Reason | None = None
     after: int = 0
     limit: int = 50
 
 
-class _DeadBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, rename="camel"):
-    """Which dead letters: by id, by filter, or *all* said in so many words."""
+class DeadRequest(Selection, frozen=True, kw_only=True):
+    """Which dead letters: by a condition, or *all* said in so many words."""
 
-    message_ids: tuple[str, ...] = ()
-    event: str | None = None
-    user: str | None = None
-    text: str | None = None
-    reason: Reason | None = None
     all: bool = False
 
 
@@ -86,7 +78,7 @@ class Control:
         except msgspec.DecodeError as exc:
             return refuse(400, "AGENT_BAD_REQUEST", f"body: {exc}")
         except OutboxError as exc:
-            return refuse(503, "AGENT_OUTBOX_UNAVAILABLE", str(exc), retry_after_s=5)
+            return refuse_for(exc)
 
     async def health(self, request: Request) -> Answer:
         """GET /healthz: the process answers."""
@@ -97,7 +89,7 @@ class Control:
         if request.method != "GET":
             return _not_found(request)
         if why := self._writer.fault or self._writer.full:
-            return refuse(503, "AGENT_NOT_READY", why, retry_after_s=5)
+            return refuse(503, "AGENT_NOT_READY", why, retry_after_s=RETRY_UNAVAILABLE_S)
         return answer_json({"status": "ready"})
 
     async def _route(self, request: Request) -> Answer:
@@ -145,7 +137,7 @@ class Control:
         limit = max(1, min(query.limit, _EVENTS_LIMIT))
         found = await self._reader.select(
             query.state,
-            Selection(event=query.event, user=query.user, text=query.text, reason=query.reason),
+            query,
             after=query.after,
             limit=limit,
         )
@@ -186,20 +178,13 @@ class Control:
 
 
 def _selected(request: Request) -> Selection | Answer:
-    body = msgspec.json.decode(request.body or b"{}", type=_DeadBody)
-    selection = Selection(
-        message_ids=body.message_ids,
-        event=body.event,
-        user=body.user,
-        text=body.text,
-        reason=body.reason,
-    )
-    if selection == Selection() and not body.all:
+    selection = msgspec.json.decode(request.body or b"{}", type=DeadRequest)
+    if selection == DeadRequest():
         return refuse(
             400,
             "AGENT_BAD_REQUEST",
             'say which dead letters: "messageIds", "event", "user", "text", "reason",'
-            ' or "all": true',
+            ' "acceptedBeforeMs", "acceptedAfterMs", or "all": true',
         )
     return selection
 

@@ -144,12 +144,4 @@ def _address(host: str, port: int) -> str:
 
 
 def _body(selection: Selection) -> dict[str, Any]:
-    body = {
-        "messageIds": selection.message_ids,
-        "event": selection.event,
-        "user": selection.user,
-        "text": selection.text,
-        "reason": selection.reason,
-        "all": selection == Selection(),
-    }
-    return {name: value for name, value in body.items() if value}
+    return {**msgspec.to_builtins(selection), "all": selection == Selection()}

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, get_args
@@ -12,7 +13,7 @@ import click
 
 from agent.config import Loaded
 from agent.console.diagnosis import count
-from agent.console.invocation import Group, complain, complete, program, settings_in_effect
+from agent.console.invocation import Group, complain, program, settings_in_effect
 from agent.console.listing import json_option, limit_option, list_to_stdout
 from agent.outbox.records import Reason, Selection
 
@@ -74,7 +75,7 @@ def requeue(
     from agent.console.operations import requeue as requeue_letters
 
     selection = _selected(ids, everything=everything, **conditions)
-    requeued = complete(requeue_letters(settings_in_effect(), selection))
+    requeued = asyncio.run(requeue_letters(settings_in_effect(), selection))
     click.echo(f"requeued {count(requeued, 'dead letter')}")
     _tell_of_others(ctx, selection, requeued)
 
@@ -93,7 +94,7 @@ def discard(
     selection = _selected(ids, everything=everything, **conditions)
     # What was counted is what goes: not also what died while the person was thinking.
     doomed = selection if yes else _confirmed(ctx, loaded, selection)
-    discarded = 0 if doomed is None else complete(discard_letters(loaded, doomed))
+    discarded = 0 if doomed is None else asyncio.run(discard_letters(loaded, doomed))
     click.echo(f"discarded {count(discarded, 'dead letter')}")
     _tell_of_others(ctx, selection, discarded)
 
@@ -114,7 +115,7 @@ def _confirmed(ctx: click.Context, loaded: Loaded, selection: Selection) -> Sele
     """Return the letters that the person agreed to discard; None if there are none."""
     from agent.console.operations import dead_ids
 
-    ids = complete(dead_ids(loaded, selection))
+    ids = asyncio.run(dead_ids(loaded, selection))
     if not ids:
         return None
     try:

@@ -13,10 +13,9 @@ import signal
 import socket
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,17 @@ from agent.errors import AgentError
 
 _USERS = 12
 _CLIENTS = 8
+"""Tills, and connections that post for them: each till's events come by one, in order."""
+
 _ONLINE = 300
 _OFFLINE = 900
 """Events posted before the cut, and on each side of the kill."""
 
 _PACE_S = 0.012
 """Between two posts of one client: slow enough that a person sees the queue grow."""
+
+_LOOK_S = 0.2
+"""How often the demo looks for what it waits for."""
 
 _DEADLINE_S = 30.0
 """For anything that the demo waits for; it takes about fifteen seconds in all."""
@@ -163,7 +167,7 @@ def _out_of_order(sandbox: Sandbox) -> int:
 
 async def _post_and_watch(scene: _Scene, count: int, *, link: str) -> None:
     async with asyncio.TaskGroup() as apps:
-        numbers = iter(range(scene.next_number, scene.next_number + count))
+        numbers = range(scene.next_number, scene.next_number + count)
         scene.next_number += count
         by_client: list[list[int]] = [[] for _ in range(_CLIENTS)]
         for number in numbers:
@@ -195,11 +199,12 @@ async def _post(scene: _Scene, numbers: list[int]) -> None:
 
 
 async def _drained(scene: _Scene) -> None:
-    deadline = time.monotonic() + _DEADLINE_S
-    while (await scene.show("up"))["pending"]:
-        if time.monotonic() > deadline:
-            raise AgentError(f"the outbox did not drain within {_DEADLINE_S:.0f} s")
-        await asyncio.sleep(0.25)
+    try:
+        async with asyncio.timeout(_DEADLINE_S):
+            while (await scene.show("up"))["pending"]:  # noqa: ASYNC110  # it is another process
+                await asyncio.sleep(_LOOK_S)
+    except TimeoutError as exc:
+        raise AgentError(f"the outbox did not drain within {_DEADLINE_S:.0f} s") from exc
 
 
 # --- the agent ---
@@ -221,15 +226,21 @@ async def _agent(config: Path, scene: _Scene) -> AsyncIterator[asyncio.subproces
 
 
 async def _ready(process: asyncio.subprocess.Process, scene: _Scene) -> None:
-    deadline = time.monotonic() + _DEADLINE_S
-    while process.returncode is None and time.monotonic() < deadline:
-        try:
-            async with scene.session.get(f"{scene.agent_url}/readyz") as response:
-                if response.status == 200:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DEADLINE_S):
+            while process.returncode is None:
+                if await _accepts(scene):
                     return
-        except aiohttp.ClientConnectionError:
-            await asyncio.sleep(0.05)
+                await asyncio.sleep(_LOOK_S)
     raise AgentError("the agent did not start; its own words stand above")
+
+
+async def _accepts(scene: _Scene) -> bool:
+    try:
+        async with scene.session.get(f"{scene.agent_url}/readyz") as response:
+            return response.status == 200
+    except aiohttp.ClientConnectionError:
+        return False
 
 
 def _free_port() -> int:

@@ -38,7 +38,8 @@ def exit_code(report: Report) -> int:
         return 3
     if report.state == "stopped":
         return 2
-    return 1 if report.needs_attention else 0
+    grave = any(finding.level is Level.GRAVE for finding in findings(report, ""))
+    return 1 if grave else 0
 
 
 def findings(report: Report, program: str) -> list[Finding]:

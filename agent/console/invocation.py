@@ -7,12 +7,11 @@ Loads neither rich nor aiohttp.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shlex
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import msgspec
@@ -28,8 +27,6 @@ INTERRUPTED = 130
 
 _CONFIG = f"{__name__}.config"
 """The key in click's context, which a group shares with its commands."""
-
-_T = TypeVar("_T")
 
 
 class Command(click.Command):
@@ -89,11 +86,6 @@ def program() -> str:
     """Return how this person calls the program, to be put before a command that they should run."""
     path = given_config()
     return PROGRAM if path is None else f"{PROGRAM} --config {shlex.quote(str(path))}"
-
-
-def complete(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run *work* to its end and return its result."""
-    return asyncio.run(work)
 
 
 # --- output ---

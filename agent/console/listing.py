@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import click
 
 from agent.clock import SystemClock
 from agent.config import Loaded
-from agent.console.invocation import complete, echo_json, settings_in_effect
+from agent.console.invocation import echo_json, settings_in_effect
 from agent.console.receipts import view
 from agent.outbox.records import Receipt, Selection, State
 from agent.units import Seconds
@@ -49,11 +50,11 @@ def list_to_stdout(state: State, selection: Selection, *, limit: int, as_json: b
     """Print the first *limit* events that *selection* means, as a table or as JSON Lines."""
     loaded = settings_in_effect()
     if as_json:
-        complete(_print_lines(loaded, state, selection, limit=limit))
+        asyncio.run(_print_lines(loaded, state, selection, limit=limit))
         return
     from agent.console.rendering import print_events
 
-    found = complete(_collect(loaded, state, selection, limit=limit + 1))
+    found = asyncio.run(_collect(loaded, state, selection, limit=limit + 1))
     if not found:
         click.echo(f"no {state} events{' like that' if selection != Selection() else ''}", err=True)
         return

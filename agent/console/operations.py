@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -346,8 +346,8 @@ def _parts(loaded: Loaded, selection: Selection) -> Iterator[Selection]:
     for message_id in dict.fromkeys(selection.message_ids):
         id_bytes = len(msgspec.json.encode(message_id)) + 1
         if part and (part_bytes + id_bytes > room or len(part) == _CHUNK):
-            yield replace(selection, message_ids=tuple(part))
+            yield msgspec.structs.replace(selection, message_ids=tuple(part))
             part, part_bytes = [], 0
         part.append(message_id)
         part_bytes += id_bytes
-    yield replace(selection, message_ids=tuple(part))
+    yield msgspec.structs.replace(selection, message_ids=tuple(part))

@@ -59,18 +59,6 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     upstream: str
     version: str
 
-    @property
-    def needs_attention(self) -> bool:
-        """Whether a person should act: held, dead letters, events given up for room, nearly full."""
-        outbox = self.outbox
-        return (
-            self.state in {"held", "unconfigured", "paused"}
-            or self.dead > 0
-            or outbox.full is not None
-            or outbox.fault is not None
-            or outbox.bytes > NEARLY_FULL * outbox.max_bytes
-        )
-
 
 class Unreadable(msgspec.Struct, frozen=True, kw_only=True):
     """What `status --json` says when it cannot count: *reason* names the cause and the remedy."""

@@ -19,7 +19,7 @@ so the answers to what was in flight when the link broke do not count twice.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from agent.forward.backoff import Backoff
@@ -142,12 +142,8 @@ class Breaker:
         """The link failed: wait, longer each time in a row, and at least *retry_after_s*."""
         if ticket.epoch != self._epoch:
             return
-        failures = 1
-        match self._state:
-            case HalfOpen(Open() as before):
-                failures = before.failures + 1
-            case _:
-                pass
+        before = self._state.since if isinstance(self._state, HalfOpen) else None
+        failures = before.failures + 1 if isinstance(before, Open) else 1
         wait_s = self._backoff.wait_s(failures, self._rng)
         if retry_after_s is not None:
             # Behind what was asked for, not at it: else all machines come back in one moment.
@@ -162,27 +158,13 @@ class Breaker:
 
     def cancel(self, ticket: Ticket, now_s: float) -> None:
         """The ticket's event was not sent after all; a probe may be taken again at once."""
-        match self._state:
-            case HalfOpen(since) if ticket.epoch == self._epoch:
-                match since:
-                    case Open():
-                        self._enter(Open(now_s, since.failures, since.why))
-                    case Held():
-                        self._enter(Held(now_s, since.why))
-            case _:
-                pass
+        if ticket.epoch == self._epoch and isinstance(self._state, HalfOpen):
+            self._enter(replace(self._state.since, until_s=now_s))
 
     def flush(self, now_s: float) -> None:
         """End the wait: the next event is sent as a probe now."""
-        match self._state:
-            case Open(_, failures, why):
-                self._enter(Open(now_s, failures, why))
-            case Held(_, why):
-                self._enter(Held(now_s, why))
-            case Closed() | HalfOpen():
-                pass
-            case _:
-                assert_never(self._state)
+        if isinstance(self._state, Open | Held):
+            self._enter(replace(self._state, until_s=now_s))
 
     def _enter(self, state: State) -> None:
         self._state = state

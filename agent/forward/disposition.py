@@ -5,7 +5,7 @@
 | the upstream …                                      | Outcome       | event         | link         |
 | --------------------------------------------------- | ------------- | ------------- | ------------ |
 | 2xx, empty or a short JSON string                   | Delivered     | Ack           | well         |
-| 400, 413, 415, 422 in its own voice                 | Rejected      | Bury          | well         |
+| 400, 415, 422 in its own voice; 413, whoever says it | Rejected      | Bury          | well         |
 | 500 and other 5xx of its own                        | Failed        | Retry or Bury | suspect      |
 | 408, 425, 429, 502-504, 52x, time-out, network      | Unavailable   | unchanged     | backs off    |
 | 401, 403, 404, 405, 511, 3xx, HTML, anything else   | Misconfigured | unchanged     | held         |
@@ -36,7 +36,7 @@ _ANSWER_CHARS = 500
 _BUSY = frozenset({408, 425, 429, 502, 503, 504})
 _CLOUDFLARE_ORIGIN_ERRORS = range(520, 528)
 _NETWORK_LOGIN = 511  # RFC 6585, section 6: never from the origin, always from a network in between
-_EVENT_AT_FAULT = frozenset({400, 413, 415, 422})
+_EVENT_AT_FAULT = frozenset({400, 415, 422})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +119,7 @@ def classify(response: Response, *, now_ms: int) -> Outcome:
         )
     if status >= 500 and status != _NETWORK_LOGIN:
         return Failed(status, answer)
-    if status == 413:
+    if status == 413:  # a proxy in between that finds it too large will find it so for ever
         return Rejected(status, answer)
     if status in _EVENT_AT_FAULT and not _is_html(response):
         if re.search(r"\bheaders\b.*\bauthorization\b", answer, re.IGNORECASE):

@@ -12,6 +12,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, assert_never
 
 import structlog
@@ -33,7 +34,7 @@ from agent.forward.disposition import (
 from agent.forward.lanes import PER_LANE, Lanes
 from agent.forward.upstream import Upstream
 from agent.outbox.reader import Reader
-from agent.outbox.records import Ack, Bury, Head, Retry
+from agent.outbox.records import Ack, Bury, Head, Retry, Settlement
 from agent.outbox.writer import Writer
 
 SCAN = 512
@@ -208,7 +209,7 @@ class Forwarder:
         try:
             await self._read_on()
         except OutboxError as exc:
-            log.error("forwarder.cannot_read", error=str(exc))
+            log.error("outbox.read_failed", error=str(exc))
             self._scan_due = True
             await asyncio.sleep(_READ_AGAIN_S)
 
@@ -226,10 +227,10 @@ class Forwarder:
             self._scan_due = self._scan_due or len(heads) == SCAN
 
     def _take(self, now_s: float) -> tuple[Head, Ticket] | None:
-        if self._paused or self._stopping or self._unsettled >= UNSETTLED:
+        if self._stopping or self._unsettled >= UNSETTLED:
             return None
-        lanes_at_s = self._lanes.next_at_s()
-        if lanes_at_s is None or lanes_at_s > now_s:
+        due_at_s = self._due_at_s()
+        if due_at_s is None or due_at_s > now_s:
             return None
         ticket = self._breaker.admit(now_s, in_flight=self._in_flight)
         if ticket is None:
@@ -239,16 +240,25 @@ class Forwarder:
             raise AssertionError("lanes promised an event and have none")
         return head, ticket
 
+    def _due_at_s(self) -> float | None:
+        """Return from when lanes and breaker let an event go; None: only a change can bring that."""
+        lanes_at_s = self._lanes.next_at_s()
+        if self._paused or lanes_at_s is None:
+            return None
+        opens_at_s = self._breaker.opens_at_s()
+        return lanes_at_s if opens_at_s is None else max(lanes_at_s, opens_at_s)
+
     async def _wait(self, now_s: float) -> None:
-        """Wait for a change, or for the instant from which lanes and breaker let an event go.
+        """Wait for a change, or for the instant from which an event may go.
 
         An instant not behind *now_s* is no reason: what then kept `_take` from it ends with a change.
         """
-        instants = [self._lanes.next_at_s(), self._breaker.opens_at_s()]
-        known = [at_s for at_s in instants if at_s is not None]
-        timed = instants[0] is not None and max(known) > now_s and not self._paused
+        due_at_s = self._due_at_s()
+        timed = due_at_s is not None and due_at_s > now_s
         with suppress(TimeoutError):
-            async with asyncio.timeout(max(known) - now_s if timed else None):
+            async with asyncio.timeout(
+                due_at_s - now_s if timed and due_at_s is not None else None
+            ):
                 await self._wake.wait()
 
     # --- an attempt ---
@@ -262,7 +272,7 @@ class Forwarder:
             else:
                 self._conclude(head, ticket, await upstream.send(head.kind, body))
         except OutboxError as exc:
-            log.error("forwarder.cannot_read", error=str(exc))
+            log.error("outbox.read_failed", error=str(exc))
             now_s = self._clock.monotonic_s()
             self._breaker.cancel(ticket, now_s)
             self._lanes.again(head, until_s=now_s + _READ_AGAIN_S)
@@ -283,20 +293,13 @@ class Forwarder:
         )
         if change is not None:
             self._unsettled += 1
-            self._writer.settle(change).add_done_callback(self._settled)
+            self._writer.settle(change).add_done_callback(partial(self._settled, head, change))
         self._tell_breaker(ticket, outcome)
         match change:
             case Ack():
                 self._delivered += 1
                 self._finish(head)
-            case Bury(reason=reason, status=status, answer=answer):
-                log.error(
-                    "event.dead_lettered",
-                    message_id=head.message_id,
-                    reason=reason,
-                    status=status,
-                    answer=answer,
-                )
+            case Bury():
                 self._finish(head)
             case Retry():
                 since_ms = now_ms if head.failing_since_ms is None else head.failing_since_ms
@@ -309,9 +312,17 @@ class Forwarder:
             case _:
                 assert_never(change)
 
-    def _settled(self, _: asyncio.Future[None]) -> None:
+    def _settled(self, head: Head, change: Settlement, done: asyncio.Future[None]) -> None:
         self._unsettled -= 1
         self._wake.set()
+        if isinstance(change, Bury) and not done.cancelled():
+            # Without the answer, which may quote what the app sent: `show` has it.
+            log.error(
+                "event.dead_lettered",
+                message_id=head.message_id,
+                reason=change.reason,
+                status=change.status,
+            )
 
     def _finish(self, head: Head) -> None:
         self._trials.pop(head.seq, None)
@@ -364,7 +375,7 @@ class Forwarder:
             case "backing_off":
                 log.warning("forwarder.backed_off", reason=reason)
             case _:
-                log.info("forwarder.resumed", after=before)
+                log.info("forwarder.recovered", after=before)
 
 
 @asynccontextmanager

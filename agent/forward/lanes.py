@@ -77,7 +77,7 @@ class Lanes:
             else:
                 if not lane.queue:
                     self._ready.append(lane)
-                self._hold(lane, head)
+                self._keep(lane, head)
 
     def starved(self) -> tuple[int, int] | None:
         """Return (lane, last seq) of a lane that must be read on and may, or None."""
@@ -90,7 +90,7 @@ class Lanes:
         lane = self._starved.popleft()
         lane.behind = not complete
         for head in heads:
-            self._hold(lane, head)
+            self._keep(lane, head)
         self._after(lane)
 
     # --- sending ---
@@ -159,7 +159,7 @@ class Lanes:
             lane = self._lanes[key] = _Lane(key)
         return lane
 
-    def _hold(self, lane: _Lane, head: Head) -> None:
+    def _keep(self, lane: _Lane, head: Head) -> None:
         lane.queue.append(head)
         lane.last_seq = head.seq
         self.size += 1

@@ -28,6 +28,7 @@ from agent.forward.disposition import (
     Unavailable,
     classify,
 )
+from agent.units import MASK
 
 _KEEPALIVE_S = 60.0
 """Below the upstream's own 72 s: whoever closes first should be us, between requests."""
@@ -35,7 +36,7 @@ _KEEPALIVE_S = 60.0
 _ANSWER_BYTES = 65_536
 """How much of an answer is read; the API's are empty or short."""
 
-_MASK = b"********"
+_MASK = MASK.encode()
 
 
 class Upstream(Protocol):

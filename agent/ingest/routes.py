@@ -12,25 +12,12 @@ from dataclasses import dataclass
 import structlog
 
 from agent.clock import Clock
-from agent.errors import (
-    InvalidEventError,
-    OutboxError,
-    OutboxFullError,
-    OutboxOverloadedError,
-)
+from agent.errors import InvalidEventError, OutboxError
 from agent.event import parse_track
 from agent.exchange import REPLAYED, STORED, Answer, Handler, Request, refuse
 from agent.outbox.records import Appended
+from agent.outbox.refusals import refuse_for
 from agent.outbox.writer import Writer
-
-RETRY_OVERLOADED_S = 1
-"""The queue to the writer empties in moments."""
-
-RETRY_UNAVAILABLE_S = 5
-"""A failed database is reopened every second."""
-
-RETRY_FULL_S = 30
-"""Room comes back at the pace of the link, or of a person."""
 
 log = structlog.get_logger()
 
@@ -91,7 +78,7 @@ class Routes:
         try:
             (appended,) = await self._writer.append([event])
         except OutboxError as exc:
-            return _refuse_storage(exc)
+            return refuse_for(exc)
         match appended:
             case Appended.STORED:
                 return STORED
@@ -104,18 +91,3 @@ class Routes:
 
 def _is_json(content_type: str) -> bool:
     return content_type.partition(";")[0].strip().lower() == "application/json"
-
-
-def _refuse_storage(exc: OutboxError) -> Answer:
-    match exc:
-        case OutboxFullError():
-            return refuse(507, "AGENT_OUTBOX_FULL", str(exc), retry_after_s=RETRY_FULL_S)
-        case OutboxOverloadedError():
-            return refuse(503, "AGENT_OVERLOADED", str(exc), retry_after_s=RETRY_OVERLOADED_S)
-        case _:
-            return refuse(
-                503,
-                "AGENT_OUTBOX_UNAVAILABLE",
-                f"{exc}; send again with the same messageId",
-                retry_after_s=RETRY_UNAVAILABLE_S,
-            )

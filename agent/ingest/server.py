@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import unquote
@@ -114,9 +115,17 @@ class Server:
 
 @asynccontextmanager
 async def serving(
-    guard: Guard, handler: Handler, *, host: str, port: int, unix_socket: str = ""
+    guard: Guard,
+    handler: Handler,
+    *,
+    host: str,
+    port: int,
+    unix_socket: str = "",
+    inherited: Sequence[socket.socket] = (),
 ) -> AsyncIterator[list[str]]:
     """Answer requests while the block runs; yields the addresses bound, as URLs or socket paths.
+
+    With *inherited* sockets (of a .socket unit) those are listened on, and host and port are not.
 
     On leaving: no new connections, idle ones closed, answers in flight finished (up to `STOP_S`).
     Raises `AgentError` if an address cannot be bound.
@@ -133,11 +142,14 @@ async def serving(
     runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=STOP_S)
     await runner.setup()
     try:
-        await _bind(
-            web.TCPSite(runner, host, port, backlog=_BACKLOG).start,
-            f"{host}:{port}",
-            "set ingest.port to a free one",
-        )
+        for listening in inherited:
+            await web.SockSite(runner, listening, backlog=_BACKLOG).start()
+        if not inherited:
+            await _bind(
+                web.TCPSite(runner, host, port, backlog=_BACKLOG).start,
+                f"{host}:{port}",
+                "set ingest.port to a free one",
+            )
         if unix_socket:
             await _bind(
                 web.UnixSite(runner, unix_socket, backlog=_BACKLOG).start,

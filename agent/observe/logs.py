@@ -28,6 +28,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from agent.clock import SystemClock
 from agent.errors import ConfigError
 from agent.event import rfc3339
+from agent.units import MASK
 
 LEVELS = {
     "debug": logging.DEBUG,
@@ -36,8 +37,6 @@ LEVELS = {
     "error": logging.ERROR,
 }
 FORMATS = ("auto", "console", "json")
-
-MASK = "********"
 
 SHORTEST_SECRET = 4
 """Characters. To mask anything shorter would maul ordinary words and still keep no secret."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
+import msgspec
+
 from agent.event import Kind
 
 State = Literal["pending", "dead", "delivered"]
@@ -103,9 +105,17 @@ class Receipt:
     body: bytes | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
+class Selection(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    rename="camel",
+    omit_defaults=True,
+    forbid_unknown_fields=True,
+):
     """Which events a person means; every given condition must hold, none given means all.
+
+    It is also what the control API reads, so that a condition cannot be lost on the way.
 
     *event*, *user* and *message_ids* match exactly, *text* anywhere in the body;
     *accepted_before_ms* and *accepted_after_ms* bound the time of acceptance (Unix ms).

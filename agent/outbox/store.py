@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, assert_never
 
 import aiosqlite
 
@@ -277,6 +277,8 @@ class Store:
                             "answer": settlement.answer,
                         }
                     )
+                case _:
+                    assert_never(settlement)
         if acks:
             await self._change_each(_DELETE_PENDING, acks)
             delivered = await self._change_each(

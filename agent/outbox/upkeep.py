@@ -43,7 +43,7 @@ async def keep_up(writer: Writer, clock: Clock, retention: Retention) -> None:
         try:
             await tend(writer, clock, retention)
         except OutboxError as exc:
-            log.warning("outbox.upkeep_put_off", error=str(exc))
+            log.warning("outbox.upkeep_postponed", error=str(exc))
         await asyncio.sleep(INTERVAL_S)
 
 

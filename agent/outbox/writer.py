@@ -326,7 +326,7 @@ class Writer:
             yield self._store
             self._used_bytes, self._free_bytes = await self._store.space()
             await db.commit()
-        except BaseException:
+        except BaseException:  # when cancelled, too: the next BEGIN must find no transaction
             if db.in_transaction:
                 await db.rollback()
             raise
