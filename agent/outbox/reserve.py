@@ -13,10 +13,11 @@ import os
 from pathlib import Path
 
 LARGEST_BYTES = 16 * 1024 * 1024
-"""What a log of one large group takes, twice over; more would help nobody."""
+"""What the log holds at most when a checkpoint first fails for want of room, and what it may still
+grow by: 4 MiB between checkpoints and a group of 4 MiB, twice. More would help nobody."""
 
 _SHARE_OF_QUOTA = 16
-_SHARE_OF_DISK = 4
+_SHARE_OF_DISK = 2
 """The reserve is at most these parts of outbox.max_size and of what is free at the start."""
 
 
@@ -47,12 +48,14 @@ class Reserve:
 
     def _allocate(self) -> None:
         disk = os.statvfs(self._path.parent)
-        free_bytes = disk.f_bavail * disk.f_frsize
         wanted = min(
-            LARGEST_BYTES, self._max_bytes // _SHARE_OF_QUOTA, free_bytes // _SHARE_OF_DISK
+            LARGEST_BYTES,
+            self._max_bytes // _SHARE_OF_QUOTA,
+            disk.f_bavail * disk.f_frsize // _SHARE_OF_DISK,
         )
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
-            os.posix_fallocate(fd, 0, wanted)
+            # What a process that was killed has kept stays kept.
+            os.posix_fallocate(fd, 0, max(wanted, os.fstat(fd).st_size, 1))
         finally:
             os.close(fd)

@@ -53,7 +53,7 @@ QUEUE_EVENTS = 4096
 QUEUE_BYTES = 64 * 1024 * 1024
 """Bytes that may wait for a commit: a dozen bodies of the largest size."""
 
-GROUP_BYTES = 16 * 1024 * 1024
+GROUP_BYTES = 4 * 1024 * 1024
 """Bytes of one transaction: bounds the write-ahead log and the wait of the last one in it."""
 
 _ROW_OVERHEAD_BYTES = 256
@@ -65,6 +65,9 @@ _BARE_BYTES = 40 * 1024
 _EVICT_LIMIT = 10_000
 _PRUNE_LIMIT = 1_000
 """Rows evicted and ids forgotten in one transaction at most, to keep it short."""
+
+_SHORT_SETTLES = 4
+"""Settlements in one transaction on a disk without room: at 5 MiB an event a few MiB of log."""
 
 _DISK_FULL_INTERVAL_S = 1.0
 """How long settlements that do not fit on the disk wait before the next try."""
@@ -128,6 +131,7 @@ class Writer:
         self._queued_bytes = 0
         self._wake = asyncio.Event()
         self._stopping = False
+        self._busy = False
         self._db: aiosqlite.Connection | None = None
         self._store: Store | None = None
         self._used_bytes = 0
@@ -178,7 +182,8 @@ class Writer:
     @property
     def backlogged(self) -> bool:
         """Whether something waits that could be written: without a fault, `commits` then grows."""
-        return self.fault is None and bool(self._appends or self._settles or self._performs)
+        waiting = self._busy or self._appends or self._settles or self._performs
+        return self.fault is None and bool(waiting)
 
     def stop(self) -> None:
         """Let `run` end once what is queued was committed. Never cancel it: its thread goes on."""
@@ -195,6 +200,7 @@ class Writer:
             while self.fault is not None or self._appends or self._settles or self._performs:
                 if self.fault is None:
                     await self._turn()
+                    self._busy = False
                 elif self._stopping:
                     break
                 else:
@@ -206,10 +212,12 @@ class Writer:
 
     async def _turn(self) -> None:
         appends = self._take_appends()
-        settles = list(self._settles)
-        self._settles.clear()
+        settles = self._take_settles()
+        self._busy = True
         if appends or settles:
             await self._commit_group(appends, settles)
+        if settles and not self._reserve.held:
+            await self._checkpoint()
         while self._performs and self.fault is None:
             await self._commit_verb(self._performs.popleft())
 
@@ -223,6 +231,16 @@ class Writer:
             self._queued_bytes -= job.body_bytes
             taken.append(job)
         return taken
+
+    def _take_settles(self) -> list[_Settle]:
+        """Take all, or few on a disk without room: to delete large events fills the log, too."""
+        limit = len(self._settles) if self._reserve.held else _SHORT_SETTLES
+        return [self._settles.popleft() for _ in range(min(limit, len(self._settles)))]
+
+    async def _checkpoint(self) -> None:
+        """Empty the log into the database, so that it need not grow; a failure shows at the next write."""
+        with suppress(sqlite3.Error):
+            await self._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
 
     async def _commit_group(self, appends: list[_Append], settles: list[_Settle]) -> None:
         try:
@@ -263,8 +281,7 @@ class Writer:
         self._disk_full()
         if self._reserve.release():
             log.warning("outbox.reserve_released", path=str(self.path))
-            with suppress(sqlite3.Error):  # the settlements say it again if it does not fit
-                await self._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+            await self._checkpoint()
         elif self._stopping:
             self._abandon_settles()
         else:
