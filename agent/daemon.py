@@ -55,6 +55,8 @@ async def run(loaded: Loaded, environ: MutableMapping[str, str]) -> None:
         enter = stack.enter_async_context
         writer = await enter(open_writer(settings.outbox.path, _policy(settings), clock))
         reader = await enter(open_own_reader(settings.outbox.path))
+        # People's searches have a connection of their own: they must not hold up delivery.
+        searcher = await enter(open_own_reader(settings.outbox.path))
         unconfigured = loaded.missing()
         forwarder = Forwarder(
             writer=writer,
@@ -69,7 +71,7 @@ async def run(loaded: Loaded, environ: MutableMapping[str, str]) -> None:
         await enter(forwarding(forwarder))
         await enter(_background(keep_up(writer, clock, _retention(settings))))
         control = Control(
-            reader=reader,
+            reader=searcher,
             writer=writer,
             link=forwarder,
             clock=clock,

@@ -88,10 +88,13 @@ class AgentProcess:
     async def status(self) -> dict[str, Any]:
         return await self.ask("GET", "status")
 
-    async def ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+    async def ask(
+        self, method: str, path: str, body: object = None, *, content_type: str = ""
+    ) -> dict[str, Any]:
         """Call the control API; return its JSON."""
+        headers = {"Content-Type": content_type} if content_type else {}
         async with self._session.request(
-            method, f"{self.url}/api/agent/{path}", json=body
+            method, f"{self.url}/api/agent/{path}", json=body, headers=headers
         ) as response:
             answer: dict[str, Any] = json.loads(await response.read())
             return answer

@@ -18,6 +18,7 @@ from agent.forward.disposition import (
     GiveUp,
     Misconfigured,
     Outcome,
+    Record,
     Rejected,
     Response,
     Unavailable,
@@ -312,6 +313,10 @@ def test_no_retry_after_raises_or_leaves_its_bounds(value: str) -> None:
 GIVE_UP = GiveUp(attempts=3, after_s=60.0, unproven_after_s=600.0)
 
 
+def record(proven: bool, *, strikes: int = 0, for_s: float = 0.0) -> Record:
+    return Record(strikes=strikes, for_s=for_s, proven=proven)
+
+
 def head(attempts: int = 0, failing_for_s: float | None = None) -> Head:
     return Head(
         seq=7,
@@ -328,13 +333,13 @@ def head(attempts: int = 0, failing_for_s: float | None = None) -> Head:
 def test_a_delivered_event_is_acknowledged(proven: bool) -> None:
     tried = head(attempts=99, failing_for_s=10**6)
     for event in (head(), tried):
-        assert settlement(event, Delivered(), now_ms=NOW_MS, proven=proven, give_up=GIVE_UP) == Ack(
-            7
-        )
+        assert settlement(
+            event, Delivered(), record(proven), now_ms=NOW_MS, give_up=GIVE_UP
+        ) == Ack(7)
 
 
 def test_a_rejected_event_is_buried_at_once_with_the_answer() -> None:
-    found = settlement(head(), Rejected(400, "no"), now_ms=NOW_MS, proven=False, give_up=GIVE_UP)
+    found = settlement(head(), Rejected(400, "no"), record(False), now_ms=NOW_MS, give_up=GIVE_UP)
     assert found == Bury(seq=7, reason="rejected", status=400, answer="no")
 
 
@@ -347,7 +352,7 @@ def test_a_fault_of_link_or_configuration_never_touches_the_event(
     blameless: Outcome, proven: bool
 ) -> None:
     event = head(attempts=10**6, failing_for_s=10**9)
-    assert settlement(event, blameless, now_ms=NOW_MS, proven=proven, give_up=GIVE_UP) is None
+    assert settlement(event, blameless, record(proven), now_ms=NOW_MS, give_up=GIVE_UP) is None
 
 
 @pytest.mark.parametrize(
@@ -375,8 +380,8 @@ def test_an_event_is_given_up_after_attempts_and_time_both(
     found = settlement(
         head(attempts, failing_for_s),
         Failed(500, "boom"),
+        record(proven),
         now_ms=NOW_MS,
-        proven=proven,
         give_up=GIVE_UP,
     )
     wanted = Bury(seq=7, reason="gave_up", status=500, answer="boom") if gives_up else Retry(7)
@@ -385,5 +390,37 @@ def test_an_event_is_given_up_after_attempts_and_time_both(
 
 def test_patience_of_zero_gives_up_on_attempts_alone() -> None:
     impatient = GiveUp(attempts=1, after_s=0.0, unproven_after_s=0.0)
-    found = settlement(head(), Failed(500, ""), now_ms=NOW_MS, proven=False, give_up=impatient)
+    found = settlement(head(), Failed(500, ""), record(False), now_ms=NOW_MS, give_up=impatient)
     assert isinstance(found, Bury)
+
+
+@pytest.mark.parametrize(
+    ("strikes", "for_s", "proven", "buried"),
+    [
+        (GIVE_UP.attempts - 1, GIVE_UP.after_s, True, True),
+        (GIVE_UP.attempts - 2, GIVE_UP.after_s, True, False),
+        (GIVE_UP.attempts - 1, GIVE_UP.after_s - 1, True, False),
+        (10_000, 10 * GIVE_UP.unproven_after_s, False, False),
+    ],
+)
+def test_only_an_event_that_alone_meets_no_answer_is_given_up(
+    strikes: int, for_s: float, proven: bool, buried: bool
+) -> None:
+    found = settlement(
+        head(),
+        Unavailable(why="no answer in time", ambiguous=True),
+        record(proven, strikes=strikes, for_s=for_s),
+        now_ms=NOW_MS,
+        give_up=GIVE_UP,
+    )
+    assert isinstance(found, Bury) is buried
+
+
+def test_a_redirect_is_told_in_words_that_can_be_printed_and_sent() -> None:
+    stranger = Response(
+        status=302, headers={"Location": "http://p.example/caf\udce9\x1b[2J\n"}, body=b""
+    )
+    found = classify(stranger, now_ms=NOW_MS)
+    assert isinstance(found, Misconfigured)
+    assert found.why.isprintable()
+    assert found.why.encode()

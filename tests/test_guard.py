@@ -14,6 +14,7 @@ from agent.ingest.guard import Guard
 
 LIMIT_BYTES = 100_000
 
+TRACK = "/api/public/apps/track"
 PORT = "127.0.0.1:7227"
 SHOP = "https://shop.example"
 
@@ -54,7 +55,7 @@ def message(answer: Answer | bytes | None) -> str:
     ],
 )
 def test_a_host_of_this_machine_passes(host: str) -> None:
-    assert guard().judge({"Host": host}) is None
+    assert guard().judge({"Host": host}, TRACK) is None
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_a_host_of_this_machine_passes(host: str) -> None:
     ],
 )
 def test_any_other_host_is_refused_with_the_remedy(host: str) -> None:
-    refused = guard().judge({"Host": host})
+    refused = guard().judge({"Host": host}, TRACK)
     assert refused is not None
     assert (refused.status, refused.close) == (403, True)
     assert message(refused).startswith("Host: ")
@@ -104,13 +105,13 @@ def test_any_other_host_is_refused_with_the_remedy(host: str) -> None:
 
 
 def test_a_request_without_a_host_is_refused() -> None:
-    refused = guard().judge({})
+    refused = guard().judge({}, TRACK)
     assert refused is not None
     assert refused.status == 403
 
 
 def test_a_long_host_is_shown_cut_short() -> None:
-    assert len(message(guard().judge({"Host": "x" * 100_000}))) < 1000
+    assert len(message(guard().judge({"Host": "x" * 100_000}, TRACK))) < 1000
 
 
 # --- Origin and Sec-Fetch-Site ---------------------------------------------------------------------
@@ -134,7 +135,7 @@ def test_a_long_host_is_shown_cut_short() -> None:
     ids=str,
 )
 def test_apps_own_pages_and_allowed_pages_pass(headers: dict[str, str]) -> None:
-    assert guard().judge({"Host": PORT, **headers}) is None
+    assert guard().judge({"Host": PORT, **headers}, TRACK) is None
 
 
 @pytest.mark.parametrize(
@@ -168,13 +169,13 @@ def test_apps_own_pages_and_allowed_pages_pass(headers: dict[str, str]) -> None:
     ids=str,
 )
 def test_any_other_page_is_refused(headers: dict[str, str]) -> None:
-    refused = guard().judge({"Host": PORT, **headers})
+    refused = guard().judge({"Host": PORT, **headers}, TRACK)
     assert refused is not None
     assert (refused.status, refused.close) == (403, True)
 
 
 def test_the_refusal_of_an_origin_names_it_and_the_remedy() -> None:
-    text = message(guard().judge({"Host": PORT, "Origin": "https://evil.example"}))
+    text = message(guard().judge({"Host": PORT, "Origin": "https://evil.example"}, TRACK))
     assert text.startswith("Origin: 'https://evil.example'")
     assert "ingest.allowed_origins" in text
 
@@ -203,14 +204,14 @@ def test_the_refusal_of_an_origin_names_it_and_the_remedy() -> None:
     ids=lambda value: str(value)[:60],
 )
 def test_a_body_is_judged_by_its_announcement(headers: dict[str, str], status: int | None) -> None:
-    answer = guard().judge({"Host": PORT, **headers})
+    answer = guard().judge({"Host": PORT, **headers}, TRACK)
     assert (answer.status if answer else None) == status
     assert answer is None or answer.close
     assert answer is None or len(answer.body) < 1000
 
 
 def test_a_stranger_learns_nothing_of_limits() -> None:
-    answer = guard().judge({"Host": "evil.example", "Content-Length": str(LIMIT_BYTES + 1)})
+    answer = guard().judge({"Host": "evil.example", "Content-Length": str(LIMIT_BYTES + 1)}, TRACK)
     assert answer is not None
     assert answer.status == 403
 
@@ -277,3 +278,14 @@ def test_a_bomb_takes_no_more_memory_than_the_largest_body() -> None:
     assert isinstance(refused, Answer)
     assert refused.status == 413
     assert peak_bytes < 5 * LIMIT_BYTES
+
+
+@pytest.mark.parametrize("path", ["/api/agent/events", "/api/agent/dead/discard", "/readyz", "/"])
+def test_an_allowed_origin_may_post_events_and_nothing_else(path: str) -> None:
+    origin = "https://kiosk.example"
+    allowing = Guard(
+        allowed_hosts=frozenset(), allowed_origins=frozenset({origin}), max_body_bytes=1024
+    )
+    headers = {"Host": PORT, "Origin": origin}
+    assert allowing.judge(headers, TRACK) is None
+    assert allowing.judge(headers, path) is not None

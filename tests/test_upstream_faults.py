@@ -175,3 +175,63 @@ async def test_stopping_finishes_in_order(agent: AgentProcess, sandbox: Sandbox)
     assert await agent.stop() == 0
     assert [arrival.message_id for arrival in sandbox.stored] == ["m-1"]
     assert not agent.outbox.with_name("outbox.db-wal").exists()
+
+
+async def test_an_event_that_a_firewall_refuses_does_not_hold_the_others(
+    agent: AgentProcess, sandbox: Sandbox
+) -> None:
+    sandbox.fault = Fault(mode="status", status=403, match='"disliked"')
+    assert await agent.post(event("disliked", "a")) == 204
+    await agent.until(lambda status: status["state"] == "held")
+    for number in range(100):
+        assert await agent.post(event(f"good-{number}", f"b-{number % 3}")) == 204
+
+    status = await agent.until(lambda status: status["delivered"] == 100)
+    assert (status["pending"], status["dead"]) == (1, 0)
+    sandbox.fault = Fault(mode="ok")
+    await agent.ask("POST", "flush")
+    await agent.until(lambda status: status["delivered"] == 101)
+
+
+async def test_an_event_that_alone_times_out_is_set_aside_in_the_end(
+    agent: AgentProcess, sandbox: Sandbox
+) -> None:
+    sandbox.fault = Fault(mode="cut_before", match='"poison"')
+    assert await agent.post(event("poison", "a")) == 204
+    number = 0
+    while not (await agent.status())["dead"]:
+        assert await agent.post(event(f"good-{number}", "b")) == 204
+        await agent.until(lambda status, n=number: status["delivered"] > n)  # type: ignore[misc]
+        number += 1
+    letter = await agent.ask("GET", "events/poison")
+    assert (letter["reason"], letter["status"]) == ("gave_up", None)
+
+
+async def test_what_was_evicted_in_an_outage_is_not_sent_after_it(
+    tmp_path: Path, sandbox: Sandbox
+) -> None:
+    sandbox.fault = Fault(mode="down")
+    async with running_agent(
+        tmp_path,
+        upstream=f'url = "{sandbox.url}"\nwrite_key = "{DEFAULT_WRITE_KEY}"',
+        forward=FORWARD,
+        outbox='max_size = "1MiB"\nwhen_full = "drop_oldest"',
+    ) as agent:
+        for number in range(500):
+            body = {**event(f"m-{number}"), "properties": {"text": "x" * 3000}}
+            assert await agent.post(body) == 204
+        full = await agent.status()
+        assert full["evicted"] > 100
+        sandbox.fault = Fault(mode="ok")
+        await agent.ask("POST", "flush")
+        drained = await agent.until(lambda status: status["pending"] == 0)
+
+    assert drained["delivered"] + drained["discarded"] == 500
+    assert len(sandbox.stored) == drained["delivered"]
+
+
+async def test_a_form_cannot_steer_the_agent(agent: AgentProcess) -> None:
+    for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        refused = await agent.ask("POST", "pause", content_type=content_type)
+        assert refused["statusCode"] == 415
+    assert (await agent.status())["state"] == "flowing"

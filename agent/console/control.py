@@ -5,7 +5,8 @@ Plain requests in, plain answers out; `agent.daemon` mounts it on the listener, 
 
 from __future__ import annotations
 
-from typing import Protocol
+import asyncio
+from typing import Annotated, Protocol
 
 import msgspec
 
@@ -39,8 +40,8 @@ class _EventsQuery(Selection, frozen=True, kw_only=True):
     """The query of GET events. *after* is the seq that the page before ended with."""
 
     state: State = "pending"
-    after: int = 0
-    limit: int = 50
+    after: Annotated[int, msgspec.Meta(ge=0, lt=2**63)] = 0
+    limit: Annotated[int, msgspec.Meta(ge=1, le=_EVENTS_LIMIT)] = 50
 
 
 class DeadRequest(Selection, frozen=True, kw_only=True):
@@ -68,6 +69,8 @@ class Control:
         self._clock = clock
         self._upstream = upstream
         self._max_bytes = max_bytes
+        # One search at a time: others wait here, not in the reader's thread, where none can end.
+        self._searching = asyncio.Lock()
 
     async def answer(self, request: Request) -> Answer:
         """Answer one request below `PREFIX`."""
@@ -94,6 +97,12 @@ class Control:
 
     async def _route(self, request: Request) -> Answer:
         path = request.path.removeprefix(PREFIX)
+        if request.method == "POST" and not _may_steer(request):
+            return refuse(
+                415,
+                "AGENT_UNSUPPORTED_MEDIA_TYPE",
+                "Content-Type: expected application/json, as no form can send it",
+            )
         match request.method, path:
             case "GET", "status":
                 return await self._status()
@@ -102,8 +111,8 @@ class Control:
             case "GET", _ if path.startswith("events/"):
                 return await self._event(path.removeprefix("events/"))
             case "POST", "pause":
+                self._link.pause()  # first: it must work on a disk that is full or fails
                 await self._writer.perform(lambda store: store.set_paused(True))
-                self._link.pause()
                 return await self._status()
             case "POST", "resume":
                 await self._writer.perform(lambda store: store.set_paused(False))
@@ -134,17 +143,14 @@ class Control:
 
     async def _events(self, request: Request) -> Answer:
         query = msgspec.convert(dict(request.query), _EventsQuery, strict=False)
-        limit = max(1, min(query.limit, _EVENTS_LIMIT))
-        found = await self._reader.select(
-            query.state,
-            query,
-            after=query.after,
-            limit=limit,
-        )
+        async with self._searching:
+            found = await self._reader.select(
+                query.state, query, after=query.after, limit=query.limit
+            )
         return answer_json(
             {
                 "events": [view(receipt) for receipt in found],
-                "nextAfter": found[-1].seq if len(found) == limit else None,
+                "nextAfter": found[-1].seq if len(found) == query.limit else None,
             }
         )
 
@@ -187,6 +193,15 @@ def _selected(request: Request) -> Selection | Answer:
             ' "acceptedBeforeMs", "acceptedAfterMs", or "all": true',
         )
     return selection
+
+
+_FORM_TYPES = frozenset({"text/plain", "application/x-www-form-urlencoded", "multipart/form-data"})
+"""What a web page can send without asking first (Fetch standard, CORS-safelisted request-header)."""
+
+
+def _may_steer(request: Request) -> bool:
+    content_type = request.headers.get("Content-Type", "").partition(";")[0]
+    return content_type.strip().lower() not in _FORM_TYPES
 
 
 def _not_found(request: Request) -> Answer:

@@ -7,8 +7,10 @@
 | 2xx, empty or a short JSON string                   | Delivered     | Ack           | well         |
 | 400, 415, 422 in its own voice; 413, whoever says it | Rejected      | Bury          | well         |
 | 500 and other 5xx of its own                        | Failed        | Retry or Bury | suspect      |
-| 408, 425, 429, 502-504, 52x, time-out, network      | Unavailable   | unchanged     | backs off    |
+| 408, 425, 429, 502-504, 52x, time-out, network      | Unavailable   | unchanged [1] | backs off    |
 | 401, 403, 404, 405, 511, 3xx, HTML, anything else   | Misconfigured | unchanged     | held         |
+
+[1] Buried in the end where it meets this event alone, while others are delivered.
 
 What nobody foresaw is held: that loses nothing and is loud.
 """
@@ -108,7 +110,7 @@ def classify(response: Response, *, now_ms: int) -> Outcome:
     if 200 <= status < 300:
         return _classify_success(response, answer)
     if 300 <= status < 400:
-        location = response.headers.get("Location", "nowhere")[:200]
+        location = one_line(response.headers.get("Location", "nowhere"))[:200]
         return Misconfigured(
             f"{status}: redirected to {location}; a captive portal, or upstream.url is not the API"
         )
@@ -128,13 +130,25 @@ def classify(response: Response, *, now_ms: int) -> Outcome:
     return Misconfigured(_why_held(status, answer.rstrip(".")))
 
 
-def settlement(
-    head: Head, outcome: Outcome, *, now_ms: int, proven: bool, give_up: GiveUp
-) -> Settlement | None:
-    """Return the one change that an outcome makes to its event; None leaves it as it is.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """How an event has fared since the agent started: *strikes* in a row over *for_s* seconds.
 
-    *proven* says that another event was delivered since this one first failed.
+    *proven* says that another event was delivered since it first failed.
     """
+
+    strikes: int
+    for_s: float
+    proven: bool
+
+
+FRESH = Record(strikes=0, for_s=0.0, proven=False)
+
+
+def settlement(
+    head: Head, outcome: Outcome, record: Record, *, now_ms: int, give_up: GiveUp
+) -> Settlement | None:
+    """Return the one change that an outcome makes to its event; None leaves it as it is."""
     match outcome:
         case Delivered():
             return Ack(head.seq)
@@ -142,11 +156,17 @@ def settlement(
             return Bury(seq=head.seq, reason="rejected", status=status, answer=answer)
         case Failed(status, answer):
             since_ms = now_ms if head.failing_since_ms is None else head.failing_since_ms
-            patience_s = give_up.after_s if proven else give_up.unproven_after_s
+            patience_s = give_up.after_s if record.proven else give_up.unproven_after_s
             if head.attempts + 1 >= give_up.attempts and now_ms - since_ms >= patience_s * 1000:
                 return Bury(seq=head.seq, reason="gave_up", status=status, answer=answer)
             return Retry(head.seq)
-        case Unavailable() | Misconfigured():
+        case Unavailable(why=why):
+            # No answer about the event, but if it alone meets this, again and again, it is the event.
+            lost = record.proven and record.strikes + 1 >= give_up.attempts
+            if lost and record.for_s >= give_up.after_s:
+                return Bury(seq=head.seq, reason="gave_up", status=None, answer=why)
+            return None
+        case Misconfigured():
             return None
         case _:
             assert_never(outcome)
@@ -220,4 +240,9 @@ def _readable(body: bytes) -> str:
         tree = None
     if isinstance(tree, dict) and isinstance(tree.get("message"), str):
         text = tree["message"]
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:_ANSWER_CHARS]
+    return one_line(text)[:_ANSWER_CHARS]
+
+
+def one_line(text: str) -> str:
+    """Return what a stranger wrote as one line that can be printed, stored and sent as JSON."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -22,11 +22,13 @@ from agent.errors import OutboxError
 from agent.forward.backoff import Backoff
 from agent.forward.breaker import Breaker, HalfOpen, Held, Open, Ticket
 from agent.forward.disposition import (
+    FRESH,
     Delivered,
     Failed,
     GiveUp,
     Misconfigured,
     Outcome,
+    Record,
     Rejected,
     Unavailable,
     settlement,
@@ -85,6 +87,7 @@ class _Trial:
 
     strikes: int
     delivered_before: int
+    since_s: float
 
 
 class Forwarder:
@@ -123,6 +126,8 @@ class Forwarder:
         self._trials: dict[int, _Trial] = {}
         self._delivered = 0
         self._ambiguous = 0
+        self._withdrawn = 0
+        self._stale_upto = 0
         self._last_error: str | None = None
         self._last_error_ms: int | None = None
 
@@ -219,12 +224,13 @@ class Forwarder:
             key, last_seq = starved
             heads = await self._reader.lane(key, after=last_seq, upto=lanes.cursor, limit=PER_LANE)
             lanes.read_on(heads, complete=len(heads) < PER_LANE)
-        while self._scan_due and lanes.room >= SCAN:
+        if self._scan_due and lanes.room >= SCAN:
             self._scan_due = False
             heads = await self._reader.scan(after=lanes.cursor, limit=SCAN)
             lanes.scanned(heads)
-            # A full page: there may be more.
-            self._scan_due = self._scan_due or len(heads) == SCAN
+            if len(heads) == SCAN:  # there may be more: after what came is on its way
+                self._scan_due = True
+                self._wake.set()
 
     def _take(self, now_s: float) -> tuple[Head, Ticket] | None:
         if self._stopping or self._unsettled >= UNSETTLED:
@@ -265,10 +271,10 @@ class Forwarder:
 
     async def _attempt(self, upstream: Upstream, head: Head, ticket: Ticket) -> None:
         try:
-            body = head.body if head.body is not None else await self._reader.body(head.seq)
+            body = await self._body(head)
             if body is None:  # evicted or expired since it was read
                 self._breaker.cancel(ticket, self._clock.monotonic_s())
-                self._lanes.done(head)
+                self._finish(head)
             else:
                 self._conclude(head, ticket, await upstream.send(head.kind, body))
         except OutboxError as exc:
@@ -280,21 +286,35 @@ class Forwarder:
             self._in_flight -= 1
             self._wake.set()
 
+    async def _body(self, head: Head) -> bytes | None:
+        """Return what to send; None if the event is not pending any more."""
+        if self._withdrawn != self._writer.withdrawn:
+            # Some went, and they were the oldest: what was read until now is read again.
+            self._withdrawn = self._writer.withdrawn
+            self._stale_upto = self._lanes.cursor
+        if head.body is None or head.seq <= self._stale_upto:
+            return await self._reader.body(head.seq)
+        return head.body
+
+    def _record(self, head: Head) -> Record:
+        trial = self._trials.get(head.seq)
+        if trial is None:
+            return FRESH
+        return Record(
+            strikes=trial.strikes,
+            for_s=self._clock.monotonic_s() - trial.since_s,
+            proven=self._delivered > trial.delivered_before,
+        )
+
     def _conclude(self, head: Head, ticket: Ticket, outcome: Outcome) -> None:
         """Carry out what the decisions make of *outcome*: for the event, its lane and the link."""
         now_ms = self._clock.wall_ms()
-        trial = self._trials.get(head.seq)
-        change = settlement(
-            head,
-            outcome,
-            now_ms=now_ms,
-            proven=trial is not None and self._delivered > trial.delivered_before,
-            give_up=self._plan.give_up,
-        )
+        record = self._record(head)
+        change = settlement(head, outcome, record, now_ms=now_ms, give_up=self._plan.give_up)
         if change is not None:
             self._unsettled += 1
             self._writer.settle(change).add_done_callback(partial(self._settled, head, change))
-        self._tell_breaker(ticket, outcome)
+        self._tell_breaker(ticket, outcome, proven=record.proven)
         match change:
             case Ack():
                 self._delivered += 1
@@ -304,11 +324,12 @@ class Forwarder:
             case Retry():
                 since_ms = now_ms if head.failing_since_ms is None else head.failing_since_ms
                 self._put_off(
-                    replace(head, attempts=head.attempts + 1, failing_since_ms=since_ms), outcome
+                    replace(head, attempts=head.attempts + 1, failing_since_ms=since_ms),
+                    outcome,
+                    probe=False,
                 )
             case None:
-                # A failed probe says nothing about its event: another lane's is the next one.
-                self._put_off(head, None if ticket.probe else outcome)
+                self._put_off(head, outcome, probe=ticket.probe and not record.proven)
             case _:
                 assert_never(change)
 
@@ -328,17 +349,26 @@ class Forwarder:
         self._trials.pop(head.seq, None)
         self._lanes.done(head)
 
-    def _put_off(self, head: Head, outcome: Outcome | None) -> None:
-        """Let other lanes go first; an event whose own failure this may be waits longer each time."""
-        if outcome is None or isinstance(outcome, Misconfigured):
+    def _put_off(self, head: Head, outcome: Outcome, *, probe: bool) -> None:
+        """Let other lanes go first; an event whose own failure this may be waits longer each time.
+
+        A failed *probe* says nothing about its event, and what holds the queue nothing at first:
+        another lane's is the next one.
+        """
+        now_s = self._clock.monotonic_s()
+        trial = self._trials.setdefault(head.seq, _Trial(0, self._delivered, now_s))
+        proven = self._delivered > trial.delivered_before
+        if isinstance(outcome, Misconfigured):
+            # A key revoked meanwhile looks the same, once; only what passes again in between clears it.
+            trial.delivered_before = self._delivered
+        if probe or (isinstance(outcome, Misconfigured) and not proven):
             self._lanes.again(head, until_s=None)
             return
-        trial = self._trials.setdefault(head.seq, _Trial(0, self._delivered))
         trial.strikes += 1
         wait_s = self._plan.backoff.wait_s(trial.strikes, self._rng)
-        self._lanes.again(head, until_s=self._clock.monotonic_s() + wait_s)
+        self._lanes.again(head, until_s=now_s + wait_s)
 
-    def _tell_breaker(self, ticket: Ticket, outcome: Outcome) -> None:
+    def _tell_breaker(self, ticket: Ticket, outcome: Outcome, *, proven: bool) -> None:
         before, _ = self._state()
         now_s = self._clock.monotonic_s()
         match outcome:
@@ -354,6 +384,10 @@ class Forwarder:
                 self._note_error(why)
                 self._ambiguous += ambiguous
                 self._breaker.fail(ticket, now_s, why, retry_after_s=retry_after_s)
+            case Misconfigured(why) if proven:
+                # Others passed since it was first answered so: a firewall dislikes this one.
+                self._note_error(why)
+                self._breaker.cancel(ticket, now_s)
             case Misconfigured(why):
                 self._note_error(why)
                 self._breaker.hold(ticket, now_s, why)

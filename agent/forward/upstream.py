@@ -11,7 +11,7 @@ import ipaddress
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -27,6 +27,7 @@ from agent.forward.disposition import (
     Response,
     Unavailable,
     classify,
+    one_line,
 )
 from agent.units import MASK
 
@@ -35,6 +36,9 @@ _KEEPALIVE_S = 60.0
 
 _ANSWER_BYTES = 65_536
 """How much of an answer is read; the API's are empty or short."""
+
+_WHY_CHARS = 500
+"""How much of a reason is kept and shown."""
 
 _MASK = MASK.encode()
 
@@ -73,7 +77,7 @@ async def open_upstream(
         tls = _tls(target)
     except (OSError, ssl.SSLError) as exc:
         yield Refusing(
-            f"TLS files cannot be loaded ({exc}); check upstream.ca_file, client_cert and client_key"
+            f"TLS files cannot be loaded ({exc}); check upstream.ca_file, client_cert and client_key, then restart the agent"
         )
         return
     async with aiohttp.ClientSession(
@@ -120,12 +124,17 @@ class HttpUpstream:
             ) as response:
                 # Answers are kept and shown: one that quotes the key must not take it there.
                 answer = (await _read(response)).replace(self._key, _MASK)
-                return classify(
+                outcome = classify(
                     Response(status=response.status, headers=response.headers, body=answer),
                     now_ms=self._clock.wall_ms(),
                 )
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
-            return _outcome_of(exc)
+            outcome = _outcome_of(exc)
+        if isinstance(outcome, Unavailable | Misconfigured):
+            # It may quote a header: another place where a stranger's words, or the key, come in.
+            why = one_line(outcome.why).replace(self._key.decode(), MASK)
+            return replace(outcome, why=why[:_WHY_CHARS])
+        return outcome
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:

@@ -18,6 +18,9 @@ _LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _GZIP_OR_ZLIB = 47
 """zlib's wbits: 32 detects either header, 15 is the largest window (zlib manual, inflateInit2)."""
 
+_FOR_PAGES = "/api/public/"
+"""What an allowed origin may reach."""
+
 _PREFLIGHT_AGE_S = "600"
 """How long a browser may remember a preflight: ten minutes, so that a change is soon in force."""
 
@@ -30,9 +33,13 @@ class Guard:
     allowed_origins: frozenset[str]
     max_body_bytes: int
 
-    def judge(self, headers: Mapping[str, str]) -> Answer | None:
+    def judge(self, headers: Mapping[str, str], path: str) -> Answer | None:
         """Return the refusal that the head has earned; None if the body may be read."""
-        return self._judge_host(headers) or self._judge_origin(headers) or self._judge_body(headers)
+        return (
+            self._judge_host(headers)
+            or self._judge_origin(headers, path)
+            or self._judge_body(headers)
+        )
 
     def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
         """Return the headers that let an allowed page read the answer; none for anybody else.
@@ -63,7 +70,7 @@ class Guard:
             " or add the name to ingest.allowed_hosts"
         )
 
-    def _judge_origin(self, headers: Mapping[str, str]) -> Answer | None:
+    def _judge_origin(self, headers: Mapping[str, str], path: str) -> Answer | None:
         origin = headers.get("Origin")
         if origin is None:
             # A page may leave Origin out of a plain GET, but cannot leave this header out.
@@ -71,7 +78,10 @@ class Guard:
                 return _forbid("Sec-Fetch-Site: a page of another origin may not ask")
             return None
         # The agent's own pages: Host was judged already.
-        if origin in self.allowed_origins or origin == f"http://{headers.get('Host')}":
+        if origin == f"http://{headers.get('Host')}":
+            return None
+        # Others may post events: not look into the outbox, nor steer the agent.
+        if origin in self.allowed_origins and path.startswith(_FOR_PAGES):
             return None
         return _forbid(
             f"Origin: {origin[:100]!r} may not post here; if the page is yours, add its origin"

@@ -24,10 +24,13 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A handler for every path that starts with *prefix*."""
+    """A handler for one path, or, where *path* ends with a slash, for all below it."""
 
-    prefix: str
+    path: str
     handler: Handler
+
+    def serves(self, path: str) -> bool:
+        return path.startswith(self.path) if self.path.endswith("/") else path == self.path
 
 
 class Routes:
@@ -50,7 +53,7 @@ class Routes:
         if request.method == "POST" and request.path == "/api/public/apps/track":
             return await self._track(request)
         for mount in self._mounts:
-            if request.path.startswith(mount.prefix):
+            if mount.serves(request.path):
                 return await mount.handler(request)
         return refuse(
             404,

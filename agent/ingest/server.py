@@ -2,6 +2,8 @@
 
 A connection that stalls is closed within 15 s at each stage:
 
+What is read, that is; an answer that nobody reads has no deadline of its own yet.
+
 | stage                              | deadline                                   |
 | ---------------------------------- | ------------------------------------------ |
 | before, between and in the headers | `IDLE_S` since the last answer             |
@@ -34,6 +36,9 @@ LINGER_S = 2.0
 STOP_S = 3.0
 """How long answers in flight may take once the agent stops; a commit takes milliseconds."""
 
+READING_BYTES = 64 * 1024 * 1024
+"""Bodies that may be half read at once: a dozen of the largest, thousands of ordinary ones."""
+
 _BACKLOG = 1024
 """Connections the kernel holds ready: apps that all start at boot must not be refused."""
 
@@ -46,10 +51,11 @@ class Server:
     def __init__(self, guard: Guard, handler: Handler) -> None:
         self._guard = guard
         self._handler = handler
+        self._reading_bytes = 0
 
     async def handle(self, request: web.BaseRequest) -> web.Response:
         try:
-            answer = self._guard.judge(request.headers) or await self._answer(request)
+            answer = self._guard.judge(request.headers, request.path) or await self._answer(request)
         except Exception:  # the one place that turns a bug into a 500 instead of a dead connection
             log.exception("request.failed", path=request.path)
             answer = refuse(500, "AGENT_BUG", "the agent failed on this request; see its log")
@@ -99,8 +105,18 @@ class Server:
                 while chunk := await request.content.readany():
                     chunks.append(chunk)
                     size += len(chunk)
+                    self._reading_bytes += len(chunk)
                     if size > self._guard.max_body_bytes:  # chunked: no length to judge before
                         return self._guard.too_large()
+                    if self._reading_bytes > READING_BYTES:
+                        return refuse(
+                            503,
+                            "AGENT_OVERLOADED",
+                            f"{READING_BYTES} bytes of other requests are being read;"
+                            " send again shortly",
+                            retry_after_s=1,
+                            close=True,
+                        )
         except TimeoutError:
             return refuse(
                 408,
@@ -110,6 +126,8 @@ class Server:
             )
         except web.RequestPayloadError as exc:
             return refuse(400, "AGENT_BAD_BODY", f"body: {exc}", close=True)
+        finally:
+            self._reading_bytes -= size
         return b"".join(chunks)
 
 
@@ -133,7 +151,6 @@ async def serving(
     server = web.Server(
         Server(guard, handler).handle,
         access_log=None,
-        # aiohttp's own words about broken clients: of interest to a developer only.
         logger=_QUIET,
         keepalive_timeout=IDLE_S,
         lingering_time=LINGER_S,
@@ -151,6 +168,7 @@ async def serving(
                 "set ingest.port to a free one",
             )
         if unix_socket:
+            _require_unused(unix_socket)
             await _bind(
                 web.UnixSite(runner, unix_socket, backlog=_BACKLOG).start,
                 unix_socket,
@@ -164,6 +182,21 @@ async def serving(
 
 
 _QUIET = logging.getLogger("agent.ingest.aiohttp")
+# It would log malformed requests raw: events, user ids and the keys of apps.
+_QUIET.addHandler(logging.NullHandler())
+_QUIET.propagate = False
+
+
+def _require_unused(unix_socket: str) -> None:
+    """Refuse the socket of a living agent, which binding would silently replace."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(unix_socket)
+        except OSError:
+            return
+    raise AgentError(
+        f"{unix_socket}: another agent listens on it; set ingest.unix_socket to another path"
+    )
 
 
 async def _bind(start: Callable[[], Awaitable[None]], address: str, remedy: str) -> None:

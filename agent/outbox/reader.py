@@ -18,12 +18,14 @@ import aiosqlite
 import msgspec
 
 from agent.errors import OutboxError
-from agent.event import lane_of
 from agent.outbox import lock, schema
 from agent.outbox.records import Head, Ledger, Receipt, Selection, State
 
 INLINE_BYTES = 4096
 """Bodies up to this size come with the head; larger ones are read when they are sent."""
+
+LISTED_BYTES = 65_536
+"""Larger bodies are left out of a listing, which may have a thousand rows; `receipt` has them."""
 
 _HEAD = """
 SELECT seq, lane, message_id, kind, attempts, failing_since_ms,
@@ -98,13 +100,15 @@ _BY_MESSAGE_ID = (
 _ROWS: dict[State, str] = {
     "pending": """
 SELECT seq, message_id, state, kind, accepted_ms, settled_ms, attempts, failing_since_ms,
-       NULL AS reason, NULL AS status, NULL AS answer, body
+       NULL AS reason, NULL AS status, NULL AS answer,
+       CASE WHEN length(body) <= :listed_bytes THEN body END
   FROM pending
   JOIN event USING (seq)
 """,
     "dead": """
 SELECT seq, message_id, state, kind, accepted_ms, settled_ms, attempts, NULL AS failing_since_ms,
-       reason, status, answer, body
+       reason, status, answer,
+       CASE WHEN length(body) <= :listed_bytes THEN body END
   FROM dead
   JOIN event USING (seq)
 """,
@@ -117,10 +121,9 @@ SELECT seq, message_id, state, NULL AS kind, accepted_ms, settled_ms, 0 AS attem
 
 _CONDITIONS = {
     "message_ids": "message_id IN (SELECT value FROM json_each(:message_ids))",
-    # The lanes find the user by index; a lane may hold another user, too.
-    "user": """lane IN (:user_lane, :anonymous_lane)
-   AND :user IN (json_extract(CAST(body AS TEXT), '$.userId'),
-                 json_extract(CAST(body AS TEXT), '$.anonymousId'))""",
+    # Not by lane: an event that has both ids lies in the lane of its userId.
+    "user": """:user IN (json_extract(CAST(body AS TEXT), '$.userId'),
+              json_extract(CAST(body AS TEXT), '$.anonymousId'))""",
     "event": ":event = json_extract(CAST(body AS TEXT), '$.event')",
     "text": "instr(CAST(body AS TEXT), :text) > 0",
     "reason": "reason = :reason",
@@ -189,7 +192,7 @@ class Reader:
     ) -> list[Receipt]:
         """Return the next *limit* events in *state* that *selection* means, behind seq *after*.
 
-        Bodies of delivered events are gone: a selection by user, event or text finds none there.
+        Bodies over `LISTED_BYTES` are left out. Those of delivered events are gone: a selection by user, event or text finds none there.
         """
         given = {name for name in _CONDITIONS if getattr(selection, name) not in (None, ())}
         if state == "delivered" and given & (_CONDITIONS_ON_BODIES | {"reason"}):
@@ -201,11 +204,10 @@ class Reader:
             state=state,
             after=after,
             limit=limit,
+            listed_bytes=LISTED_BYTES,
             message_ids=msgspec.json.encode(selection.message_ids).decode(),
             event=selection.event,
             user=selection.user,
-            user_lane=lane_of(user_id=selection.user or "", anonymous_id=None),
-            anonymous_lane=lane_of(user_id=None, anonymous_id=selection.user or ""),
             text=selection.text,
             reason=selection.reason,
             accepted_before_ms=selection.accepted_before_ms,
@@ -218,6 +220,8 @@ class Reader:
             return list(await self._db.execute_fetchall(sql, values))
         except sqlite3.Error as exc:
             raise OutboxError(f"{self.path}: cannot read the outbox ({exc})") from exc
+        except UnicodeEncodeError as exc:
+            raise OutboxError(f"{exc.object!r}: not valid text, so no event has it") from exc
 
 
 @asynccontextmanager
@@ -259,7 +263,10 @@ async def _reader(path: Path, *, immutable: bool) -> AsyncIterator[Reader]:
                     f"{path}: schema {version}, this version reads {schema.VERSION};"
                     " start the agent of this version once, which migrates it"
                 )
-            yield Reader(db, path)
+            try:
+                yield Reader(db, path)
+            finally:
+                await db.interrupt()  # nobody waits for a query that still runs
     except sqlite3.Error as exc:
         raise OutboxError(
             f"{path}: cannot read the outbox ({exc}); run as the agent's user, as a member of its"

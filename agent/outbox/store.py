@@ -76,6 +76,26 @@ UPDATE ledger
        delivered = delivered + :n
 """
 
+_DELETE_EXPIRED = """
+DELETE FROM dead
+ WHERE seq = :seq
+   AND reason = 'expired'
+"""
+
+_MARK_EXPIRED_DELIVERED = """
+UPDATE event
+   SET state = 'delivered',
+       settled_ms = :now_ms
+ WHERE seq = :seq
+   AND state = 'dead'
+"""
+
+_COUNT_EXPIRED_DELIVERED = """
+UPDATE ledger
+   SET dead      = dead - 1,
+       delivered = delivered + 1
+"""
+
 _COUNT_ATTEMPT = """
 UPDATE pending
    SET attempts = attempts + 1,
@@ -201,6 +221,8 @@ class Store:
     def __init__(self, db: aiosqlite.Connection, last_seq: int) -> None:
         self._db = db
         self._last_seq = last_seq
+        self.withdrawn = 0
+        """How many pending events were evicted or expired: whoever has read some must look again."""
 
     @classmethod
     async def on(cls, db: aiosqlite.Connection) -> Store:
@@ -255,7 +277,8 @@ class Store:
     ) -> None:
         """Apply what the forwarder decided. Without *remember*, a delivered id is forgotten at once.
 
-        An event that is no longer pending (evicted while it was sent) is passed over.
+        An event that is no longer pending (evicted while it was sent) is passed over; an ack of
+        one that expired meanwhile counts as delivered.
         """
         acks: list[dict[str, Any]] = []
         retries: list[dict[str, Any]] = []
@@ -285,10 +308,22 @@ class Store:
                 _MARK_DELIVERED if remember else _FORGET_PENDING, acks
             )
             await self._change(_COUNT_DELIVERED, n=delivered)
+            if delivered < len(acks):
+                await self._ack_expired(acks, remember=remember)
         if retries:
             await self._change_each(_COUNT_ATTEMPT, retries)
         if buries:
             await self._bury(buries)
+
+    async def _ack_expired(self, acks: list[dict[str, Any]], *, remember: bool) -> None:
+        """Count as delivered what expired while its request was under way."""
+        for ack in acks:
+            if await self._change(_DELETE_EXPIRED, seq=ack["seq"]):
+                if remember:
+                    await self._change(_MARK_EXPIRED_DELIVERED, **ack)
+                else:
+                    await self._change(_FORGET_DEAD, seq=ack["seq"])
+                await self._change(_COUNT_EXPIRED_DELIVERED)
 
     async def _bury(self, rows: list[dict[str, Any]]) -> int:
         await self._change_each(_INSERT_DEAD, rows)
@@ -331,12 +366,13 @@ class Store:
         await self._change_each(_DELETE_PENDING, rows)
         evicted = await self._change_each(_FORGET_PENDING, rows)
         await self._change(_COUNT_EVICTED, n=evicted)
+        self.withdrawn += evicted
         return evicted
 
     async def expire(self, cutoff_ms: int, *, now_ms: int, limit: int) -> int:
         """Set aside those of the oldest *limit* pending that were queued before *cutoff_ms*."""
         seqs = await _fetch(self._db, _EXPIRED, cutoff_ms=cutoff_ms, limit=limit)
-        return await self._bury(
+        expired = await self._bury(
             [
                 {
                     "seq": seq,
@@ -349,6 +385,8 @@ class Store:
                 for (seq,) in seqs
             ]
         )
+        self.withdrawn += expired
+        return expired
 
     async def pending(self) -> int:
         """Return how many events are pending."""

@@ -420,6 +420,11 @@ class Writer:
         return self._db
 
     @property
+    def withdrawn(self) -> int:
+        """How many pending events were evicted or expired since the outbox was opened."""
+        return 0 if self._store is None else self._store.withdrawn
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of the database in use, after the last commit."""
         return self._used_bytes
