@@ -553,8 +553,8 @@ calls = st.lists(st.lists(drafts, max_size=4), max_size=3)
 marks = st.integers(0, 10_000)
 """Points at an event, whichever there are."""
 settlings = st.lists(st.tuples(st.sampled_from(["ack", "ack", "retry", "bury"]), marks), max_size=5)
-moments = st.sampled_from([0, *range(5, 200, 15), 300, 1000])
-"""Turns of the event loop, of some 10 µs: a commit takes a millisecond or a few."""
+moments = st.sampled_from([*range(0, 1000, 50), 1500, 3000])
+"""Turns of the event loop, of some 5 µs each: a commit takes a few hundred."""
 ages_ms = st.sampled_from([-1, 0, 1, 1000, 3_600_000, 30 * 86_400_000])
 wishes = st.lists(
     st.one_of(

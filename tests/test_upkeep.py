@@ -144,6 +144,20 @@ async def test_a_requeued_event_has_its_whole_max_age_again(outbox: Outbox) -> N
     assert await outbox.states("old") == ["dead"]
 
 
+async def test_an_event_delivered_although_it_expired_under_way_counts_as_delivered(
+    outbox: Outbox,
+) -> None:
+    await outbox.append("under way")
+    outbox.clock.advance(3601)
+    await tend(outbox.writer, outbox.clock, AN_HOUR_AT_MOST)
+    await outbox.ack("under way")
+
+    assert await outbox.states("under way") == ["delivered"]
+    ledger = await outbox.reader.ledger()
+    assert (ledger.delivered, ledger.dead, ledger.pending) == (1, 0, 0)
+    assert await outbox.append("under way") == [Appended.REPLAYED]
+
+
 async def test_a_long_backlog_expires_in_one_round(outbox: Outbox) -> None:
     await outbox.append(*_numbered("old", 1201))
     outbox.clock.advance(3601)
