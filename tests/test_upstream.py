@@ -667,6 +667,18 @@ async def test_tls_files_that_cannot_be_loaded_hold_everything(
     assert "upstream.ca_file" in found.why
 
 
+async def test_a_certificate_file_that_comes_later_ends_the_hold(
+    certificates: Certificates,
+) -> None:
+    late = certificates["late.pem"]
+    async with listening(saying(NO_CONTENT), certificates.server()) as wire:
+        to = replace(https(wire), ca_file=late)
+        async with open_upstream(to, SystemClock(), connections=1) as upstream:
+            assert isinstance(await upstream.send("track", BODY), Misconfigured)
+            late.write_bytes(certificates["ca.pem"].read_bytes())
+            assert await upstream.send("track", BODY) == Delivered()
+
+
 async def test_a_tls_upstream_that_never_greets_is_not_ambiguous() -> None:
     async def converse(
         _wire: Wire, reader: asyncio.StreamReader, _writer: asyncio.StreamWriter

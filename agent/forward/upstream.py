@@ -73,16 +73,9 @@ async def open_upstream(
     if refusal := _insecure(target.url):
         yield Refusing(refusal)
         return
-    try:
-        tls = _tls(target)
-    except (OSError, ssl.SSLError) as exc:
-        yield Refusing(
-            f"TLS files cannot be loaded ({exc}); check upstream.ca_file, client_cert and client_key, then restart the agent"
-        )
-        return
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
-            limit=connections, keepalive_timeout=_KEEPALIVE_S, ssl=tls, ttl_dns_cache=60
+            limit=connections, keepalive_timeout=_KEEPALIVE_S, ttl_dns_cache=60
         ),
         timeout=aiohttp.ClientTimeout(
             total=target.connect_timeout_s + target.timeout_s,
@@ -100,6 +93,8 @@ class HttpUpstream:
 
     def __init__(self, session: aiohttp.ClientSession, target: Target, clock: Clock) -> None:
         self._session = session
+        self._target = target
+        self._tls: ssl.SSLContext | None = None
         self._root = target.url.rstrip("/")
         self._proxy = target.proxy
         self._key = target.bare_key.encode()
@@ -115,10 +110,19 @@ class HttpUpstream:
     async def send(self, kind: Kind, body: bytes) -> Outcome:
         """POST *body* once."""
         try:
+            # Here and not at the start: a file that comes later ends the hold without a restart.
+            self._tls = self._tls or _tls(self._target)
+        except OSError as exc:  # of ssl, too
+            return Misconfigured(
+                f"TLS files cannot be loaded ({exc}); check upstream.ca_file, client_cert and"
+                " client_key"
+            )
+        try:
             async with self._session.post(
                 f"{self._root}/api/public/apps/{kind}",
                 data=io.BytesIO(body),
                 headers={**self._headers, "Content-Length": str(len(body))},
+                ssl=self._tls,
                 allow_redirects=False,
                 proxy=self._proxy,
             ) as response:
