@@ -1103,3 +1103,15 @@ async def test_any_file_name_will_do(tmp_path: Path, name: str) -> None:
 
     assert (await _ledger(outbox)).pending == 1
     assert _names(outbox.parent) == [name, f"{name}.lock"]
+
+
+async def test_an_event_that_is_buried_twice_is_one_dead_letter(outbox: Path) -> None:
+    async with _opened(outbox) as (writer, reader):
+        await writer.append([_event("a")])
+        bury = Bury(seq=1, reason="rejected", status=400, answer="no")
+        await asyncio.wait([writer.settle(bury), writer.settle(bury)], timeout=LIMIT_S)
+        assert (await reader.ledger()).dead == 1
+        assert await writer.perform(lambda store: store.requeue([1, 1], now_ms=0)) == 1
+        ledger = await reader.ledger()
+        assert (ledger.pending, ledger.dead) == (1, 0)
+        assert len(await reader.scan(after=0, limit=10)) == 1

@@ -108,6 +108,7 @@ INSERT INTO dead (seq, kind, lane, attempts, reason, status, answer, body)
 SELECT seq, kind, lane, attempts + :attempts, :reason, :status, :answer, body
   FROM pending
  WHERE seq = :seq
+    ON CONFLICT (seq) DO NOTHING
 """
 
 _MARK_DEAD = """
@@ -338,7 +339,7 @@ class Store:
         self._last_seq += len(seqs)
         rows = [
             {"seq": seq, "new_seq": new_seq, "now_ms": now_ms}
-            for new_seq, seq in enumerate(seqs, first)
+            for new_seq, seq in enumerate(dict.fromkeys(seqs), first)
         ]
         requeued = await self._change_each(_MARK_REQUEUED, rows)
         await self._change_each(_MOVE_REQUEUED, rows)
