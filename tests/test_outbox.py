@@ -7,6 +7,7 @@ what a power cut leaves of writes that were not synced, are out of reach of such
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import itertools
 import os
@@ -1115,3 +1116,14 @@ async def test_an_event_that_is_buried_twice_is_one_dead_letter(outbox: Path) ->
         ledger = await reader.ledger()
         assert (ledger.pending, ledger.dead) == (1, 0)
         assert len(await reader.scan(after=0, limit=10)) == 1
+
+
+async def test_a_filesystem_that_cannot_allocate_is_not_taken_for_a_full_one(
+    outbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_fd: int, _offset: int, _length: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    async with _opened(outbox) as (writer, _):
+        assert await writer.append([_event("a")]) == [Appended.STORED]

@@ -9,6 +9,7 @@ pages that settling has freed.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -34,8 +35,10 @@ class Reserve:
         if not self.held:
             try:
                 self._allocate()
-            except OSError:  # no room, or a filesystem without it: then there is no reserve
+            except OSError as exc:
                 self._path.unlink(missing_ok=True)
+                # A filesystem that cannot allocate is not a full one: then there is no reserve.
+                self.held = exc.errno not in {errno.ENOSPC, errno.EDQUOT}
             else:
                 self.held = True
         return self.held
