@@ -1,8 +1,7 @@
 """The listener: sockets, deadlines and bytes. The one module that knows aiohttp's server.
 
-A connection that stalls is closed within 15 s at each stage:
-
-What is read, that is; an answer that nobody reads has no deadline of its own yet.
+A client that stalls while it sends is closed within 15 s at each stage; one that does not read its
+answer has no deadline of its own yet:
 
 | stage                              | deadline                                   |
 | ---------------------------------- | ------------------------------------------ |
@@ -54,10 +53,12 @@ class Server:
         self._reading_bytes = 0
 
     async def handle(self, request: web.BaseRequest) -> web.Response:
+        # One reading of the target, for guard and routes: two could differ.
+        path = unquote(request.raw_path.partition("?")[0])
         try:
-            answer = self._guard.judge(request.headers, request.path) or await self._answer(request)
+            answer = self._guard.judge(request.headers, path) or await self._answer(request, path)
         except Exception:  # the one place that turns a bug into a 500 instead of a dead connection
-            log.exception("request.failed", path=request.path)
+            log.exception("request.failed", path=path)
             answer = refuse(500, "AGENT_BUG", "the agent failed on this request; see its log")
         response = web.Response(
             status=answer.status,
@@ -74,8 +75,7 @@ class Server:
             response.force_close()
         return response
 
-    async def _answer(self, request: web.BaseRequest) -> Answer:
-        path, _, _ = request.raw_path.partition("?")
+    async def _answer(self, request: web.BaseRequest, path: str) -> Answer:
         if not path.startswith("/"):
             return refuse(400, "AGENT_BAD_TARGET", "request target: expected a path", close=True)
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
@@ -90,7 +90,7 @@ class Server:
         return await self._handler(
             Request(
                 method=request.method,
-                path=unquote(path),
+                path=path,
                 query=request.query,
                 headers=request.headers,
                 body=body,
