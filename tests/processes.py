@@ -37,6 +37,10 @@ class AgentProcess:
         self.outbox = folder / "outbox.db"
         self.config = folder / "config.toml"
         self.log = folder / "agent.log"
+        self.command = [sys.executable, "-m", "agent"]
+        """How the agent is started; a fault proof puts another program in front, or a bug inside."""
+        self.environ: dict[str, str] | None = None
+        """The environment of the process; None: that of the tests."""
         self._session = session
         self._process: asyncio.subprocess.Process | None = None
         bodies = {"ingest": "", "outbox": "", **sections}
@@ -53,7 +57,7 @@ class AgentProcess:
         """Start a process; return when it accepts events."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "agent", "run", "--config", str(self.config), stderr=log
+                *self.command, "run", "--config", str(self.config), stderr=log, env=self.environ
             )
         async with asyncio.timeout(DEADLINE_S):
             while not await self._is_ready():
