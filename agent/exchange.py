@@ -1,25 +1,31 @@
 """One HTTP exchange as plain values, so that guard, routes and control know no HTTP library.
 
-The server (`agent.ingest.server`) turns its library's request into a `Request` and an `Answer`
-back into its library's response. Error answers have the upstream's own shape.
+`agent.ingest.wire` turns bytes into a `Request` and an `Answer` into bytes. Error answers have the
+upstream's own shape.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
+
+T = TypeVar("T")
 
 JSON = "application/json; charset=utf-8"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """A request whose body was read whole. *headers* is case-insensitive; *path* is percent-decoded."""
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """A request whose body was read whole.
+
+    *path* is percent-decoded. The names in *headers* are in lower case; the values of a repeated
+    one are joined by commas. A HEAD comes as the GET that it stands for.
+    """
 
     method: str
     path: str
@@ -39,7 +45,17 @@ class Answer:
     close: bool = False
 
 
-Handler = Callable[[Request], Awaitable[Answer]]
+@dataclass(slots=True)
+class Later(Generic[T]):
+    """An answer to come: what *answer* makes of *future* once that is done. Costs no task."""
+
+    future: asyncio.Future[T]
+    answer: Callable[[asyncio.Future[T]], Answer]
+
+
+Reply = Answer | Later[Any] | Coroutine[Any, Any, Answer]
+
+Handler = Callable[[Request], Reply]
 """Answers one request; expected failures are answers, not exceptions."""
 
 STORED = Answer(status=204)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
 import pytest
 
 
@@ -9,3 +12,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the fault proofs of tests/faults at full length (hours) instead of briefly",
     )
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run the tests of a module that asks for it (`LOOPS`) on uvloop, too, as the daemon does."""
+    usual = {"asyncio": asyncio.new_event_loop}
+    return usual | getattr(getattr(item, "module", None), "LOOPS", {})

@@ -55,7 +55,7 @@ def message(answer: Answer | bytes | None) -> str:
     ],
 )
 def test_a_host_of_this_machine_passes(host: str) -> None:
-    assert guard().judge({"Host": host}, TRACK) is None
+    assert guard().judge({"host": host}, TRACK) is None
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_host_of_this_machine_passes(host: str) -> None:
     ],
 )
 def test_any_other_host_is_refused_with_the_remedy(host: str) -> None:
-    refused = guard().judge({"Host": host}, TRACK)
+    refused = guard().judge({"host": host}, TRACK)
     assert refused is not None
     assert (refused.status, refused.close) == (403, True)
     assert message(refused).startswith("Host: ")
@@ -111,7 +111,7 @@ def test_a_request_without_a_host_is_refused() -> None:
 
 
 def test_a_long_host_is_shown_cut_short() -> None:
-    assert len(message(guard().judge({"Host": "x" * 100_000}, TRACK))) < 1000
+    assert len(message(guard().judge({"host": "x" * 100_000}, TRACK))) < 1000
 
 
 # --- Origin and Sec-Fetch-Site ---------------------------------------------------------------------
@@ -120,62 +120,62 @@ def test_a_long_host_is_shown_cut_short() -> None:
 @pytest.mark.parametrize(
     "headers",
     [
-        {"Origin": f"http://{PORT}"},
-        {"Host": "localhost:7227", "Origin": "http://localhost:7227"},
-        {"Host": "[::1]:7227", "Origin": "http://[::1]:7227"},
-        {"Host": "till.local:7227", "Origin": "http://till.local:7227"},
-        {"Origin": SHOP},
-        {"Origin": SHOP, "Sec-Fetch-Site": "cross-site"},
-        {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "same-site"},
-        {"Origin": f"http://{PORT}", "Sec-Fetch-Site": "same-origin"},
-        {"Sec-Fetch-Site": "same-origin"},
-        {"Sec-Fetch-Site": "none"},
-        {"Referer": "https://evil.example/"},
+        {"origin": f"http://{PORT}"},
+        {"host": "localhost:7227", "origin": "http://localhost:7227"},
+        {"host": "[::1]:7227", "origin": "http://[::1]:7227"},
+        {"host": "till.local:7227", "origin": "http://till.local:7227"},
+        {"origin": SHOP},
+        {"origin": SHOP, "sec-fetch-site": "cross-site"},
+        {"origin": "http://localhost:3000", "sec-fetch-site": "same-site"},
+        {"origin": f"http://{PORT}", "sec-fetch-site": "same-origin"},
+        {"sec-fetch-site": "same-origin"},
+        {"sec-fetch-site": "none"},
+        {"referer": "https://evil.example/"},
     ],
     ids=str,
 )
 def test_apps_own_pages_and_allowed_pages_pass(headers: dict[str, str]) -> None:
-    assert guard().judge({"Host": PORT, **headers}, TRACK) is None
+    assert guard().judge({"host": PORT, **headers}, TRACK) is None
 
 
 @pytest.mark.parametrize(
     "headers",
     [
-        {"Origin": "https://evil.example"},
-        {"Origin": "null"},
-        {"Origin": ""},
-        {"Origin": "file://"},
-        {"Origin": "http://127.0.0.1"},
-        {"Origin": "http://127.0.0.1:8080"},
-        {"Origin": f"https://{PORT}"},
-        {"Origin": f"http://{PORT}.evil.example"},
-        {"Origin": f"http://{PORT}/"},
-        {"Origin": f"http://evil.example, http://{PORT}"},
-        {"Origin": "http://localhost:7227"},
-        {"Host": "localhost:7227", "Origin": f"http://{PORT}"},
-        {"Host": "localhost", "Origin": "http://localhost:5000"},
-        {"Origin": "http://shop.example"},
-        {"Origin": f"{SHOP}:8443"},
-        {"Origin": f"{SHOP}.evil.example"},
-        {"Origin": "https://sub.shop.example"},
-        {"Origin": "chrome-extension://abcdef"},
-        {"Origin": "https://evil.example", "Sec-Fetch-Site": "same-origin"},
-        {"Sec-Fetch-Site": "cross-site"},
-        {"Sec-Fetch-Site": "same-site"},
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"origin": ""},
+        {"origin": "file://"},
+        {"origin": "http://127.0.0.1"},
+        {"origin": "http://127.0.0.1:8080"},
+        {"origin": f"https://{PORT}"},
+        {"origin": f"http://{PORT}.evil.example"},
+        {"origin": f"http://{PORT}/"},
+        {"origin": f"http://evil.example, http://{PORT}"},
+        {"origin": "http://localhost:7227"},
+        {"host": "localhost:7227", "origin": f"http://{PORT}"},
+        {"host": "localhost", "origin": "http://localhost:5000"},
+        {"origin": "http://shop.example"},
+        {"origin": f"{SHOP}:8443"},
+        {"origin": f"{SHOP}.evil.example"},
+        {"origin": "https://sub.shop.example"},
+        {"origin": "chrome-extension://abcdef"},
+        {"origin": "https://evil.example", "sec-fetch-site": "same-origin"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
         # A rebound name: the page and its Host agree, and both are foreign.
-        {"Host": "evil.example:7227", "Origin": "http://evil.example:7227"},
-        {"Host": "evil.example", "Origin": SHOP},
+        {"host": "evil.example:7227", "origin": "http://evil.example:7227"},
+        {"host": "evil.example", "origin": SHOP},
     ],
     ids=str,
 )
 def test_any_other_page_is_refused(headers: dict[str, str]) -> None:
-    refused = guard().judge({"Host": PORT, **headers}, TRACK)
+    refused = guard().judge({"host": PORT, **headers}, TRACK)
     assert refused is not None
     assert (refused.status, refused.close) == (403, True)
 
 
 def test_the_refusal_of_an_origin_names_it_and_the_remedy() -> None:
-    text = message(guard().judge({"Host": PORT, "Origin": "https://evil.example"}, TRACK))
+    text = message(guard().judge({"host": PORT, "origin": "https://evil.example"}, TRACK))
     assert text.startswith("Origin: 'https://evil.example'")
     assert "ingest.allowed_origins" in text
 
@@ -187,31 +187,31 @@ def test_the_refusal_of_an_origin_names_it_and_the_remedy() -> None:
     ("headers", "status"),
     [
         ({}, None),
-        ({"Content-Length": "0"}, None),
-        ({"Content-Length": str(LIMIT_BYTES)}, None),
-        ({"Content-Length": str(LIMIT_BYTES + 1)}, 413),
-        ({"Content-Length": "9" * 30}, 413),
-        ({"Content-Encoding": "identity"}, None),
-        ({"Content-Encoding": "gzip"}, None),
-        ({"Content-Encoding": "GZip"}, None),
-        ({"Content-Encoding": "x-gzip"}, None),
-        ({"Content-Encoding": "deflate"}, None),
-        ({"Content-Encoding": "br"}, 415),
-        ({"Content-Encoding": "zstd"}, 415),
-        ({"Content-Encoding": "gzip, gzip"}, 415),
-        ({"Content-Encoding": "x" * 10_000}, 415),
+        ({"content-length": "0"}, None),
+        ({"content-length": str(LIMIT_BYTES)}, None),
+        ({"content-length": str(LIMIT_BYTES + 1)}, 413),
+        ({"content-length": "9" * 30}, 413),
+        ({"content-encoding": "identity"}, None),
+        ({"content-encoding": "gzip"}, None),
+        ({"content-encoding": "GZip"}, None),
+        ({"content-encoding": "x-gzip"}, None),
+        ({"content-encoding": "deflate"}, None),
+        ({"content-encoding": "br"}, 415),
+        ({"content-encoding": "zstd"}, 415),
+        ({"content-encoding": "gzip, gzip"}, 415),
+        ({"content-encoding": "x" * 10_000}, 415),
     ],
     ids=lambda value: str(value)[:60],
 )
 def test_a_body_is_judged_by_its_announcement(headers: dict[str, str], status: int | None) -> None:
-    answer = guard().judge({"Host": PORT, **headers}, TRACK)
+    answer = guard().judge({"host": PORT, **headers}, TRACK)
     assert (answer.status if answer else None) == status
     assert answer is None or answer.close
     assert answer is None or len(answer.body) < 1000
 
 
 def test_a_stranger_learns_nothing_of_limits() -> None:
-    answer = guard().judge({"Host": "evil.example", "Content-Length": str(LIMIT_BYTES + 1)}, TRACK)
+    answer = guard().judge({"host": "evil.example", "content-length": str(LIMIT_BYTES + 1)}, TRACK)
     assert answer is not None
     assert answer.status == 403
 
@@ -286,6 +286,6 @@ def test_an_allowed_origin_may_post_events_and_nothing_else(path: str) -> None:
     allowing = Guard(
         allowed_hosts=frozenset(), allowed_origins=frozenset({origin}), max_body_bytes=1024
     )
-    headers = {"Host": PORT, "Origin": origin}
+    headers = {"host": PORT, "origin": origin}
     assert allowing.judge(headers, TRACK) is None
     assert allowing.judge(headers, path) is not None

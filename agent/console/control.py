@@ -200,7 +200,7 @@ _FORM_TYPES = frozenset({"text/plain", "application/x-www-form-urlencoded", "mul
 
 
 def _may_steer(request: Request) -> bool:
-    content_type = request.headers.get("Content-Type", "").partition(";")[0]
+    content_type = request.headers.get("content-type", "").partition(";")[0]
     return content_type.strip().lower() not in _FORM_TYPES
 
 

@@ -2,7 +2,8 @@
 
 Pure. Loopback is not a fence against a web page: a browser on the same machine posts to
 127.0.0.1 for any site it shows. Host stops a rebound DNS name, Origin and Sec-Fetch-Site stop a
-foreign page. Also here: how a body may be encoded, and inflating it within bounds.
+foreign page. Also here: how a body may be encoded, and inflating it within bounds. Names of headers
+are in lower case, as in `Request`.
 """
 
 from __future__ import annotations
@@ -46,22 +47,22 @@ class Guard:
 
         Source: Fetch standard, CORS protocol; Private Network Access for the last one.
         """
-        origin = headers.get("Origin")
+        origin = headers.get("origin")
         if origin is None or origin not in self.allowed_origins:
             return {}
         granted = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-        if "Access-Control-Request-Method" in headers:
+        if "access-control-request-method" in headers:
             granted["Access-Control-Allow-Methods"] = "POST"
             granted["Access-Control-Allow-Headers"] = headers.get(
-                "Access-Control-Request-Headers", "content-type"
+                "access-control-request-headers", "content-type"
             )
             granted["Access-Control-Max-Age"] = _PREFLIGHT_AGE_S
-        if "Access-Control-Request-Private-Network" in headers:
+        if "access-control-request-private-network" in headers:
             granted["Access-Control-Allow-Private-Network"] = "true"
         return granted
 
     def _judge_host(self, headers: Mapping[str, str]) -> Answer | None:
-        host = headers.get("Host", "")
+        host = headers.get("host", "")
         name = _without_port(host).lower()
         if name in _LOOPBACK_HOSTS or name in self.allowed_hosts:
             return None
@@ -71,14 +72,14 @@ class Guard:
         )
 
     def _judge_origin(self, headers: Mapping[str, str], path: str) -> Answer | None:
-        origin = headers.get("Origin")
+        origin = headers.get("origin")
         if origin is None:
             # A page may leave Origin out of a plain GET, but cannot leave this header out.
-            if headers.get("Sec-Fetch-Site") in {"cross-site", "same-site"}:
+            if headers.get("sec-fetch-site") in {"cross-site", "same-site"}:
                 return _forbid("Sec-Fetch-Site: a page of another origin may not ask")
             return None
         # The agent's own pages: Host was judged already.
-        if origin == f"http://{headers.get('Host')}":
+        if origin == f"http://{headers.get('host')}":
             return None
         # Others may post events: not look into the outbox, nor steer the agent.
         if origin in self.allowed_origins and path.startswith(_FOR_PAGES):
@@ -89,7 +90,7 @@ class Guard:
         )
 
     def _judge_body(self, headers: Mapping[str, str]) -> Answer | None:
-        encoding = headers.get("Content-Encoding", "identity").lower()
+        encoding = headers.get("content-encoding", "identity").lower()
         if encoding not in {"identity", "gzip", "x-gzip", "deflate"}:
             return refuse(
                 415,
@@ -97,7 +98,7 @@ class Guard:
                 f"Content-Encoding: {encoding[:40]!r} is not supported; send gzip, deflate or none",
                 close=True,
             )
-        length = headers.get("Content-Length", "0")
+        length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.max_body_bytes:
             return self.too_large()
         return None

@@ -6,18 +6,22 @@ daemon as `Mount`s and served beside these.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
 from agent.clock import Clock
 from agent.errors import InvalidEventError, OutboxError
 from agent.event import parse_track
-from agent.exchange import REPLAYED, STORED, Answer, Handler, Request, refuse
+from agent.exchange import REPLAYED, STORED, Answer, Handler, Later, Reply, Request, refuse
 from agent.outbox.records import Appended
 from agent.outbox.refusals import refuse_for
 from agent.outbox.writer import Writer
+
+_TRACK = "/api/public/apps/track"
 
 log = structlog.get_logger()
 
@@ -49,26 +53,25 @@ class Routes:
         self._max_body_bytes = max_body_bytes
         self._mounts = tuple(mounts)
 
-    async def answer(self, request: Request) -> Answer:
-        if request.method == "POST" and request.path == "/api/public/apps/track":
-            return await self._track(request)
+    def answer(self, request: Request) -> Reply:
+        if request.method == "POST" and request.path == _TRACK:
+            return self._track(request)
         for mount in self._mounts:
             if mount.serves(request.path):
-                return await mount.handler(request)
+                return mount.handler(request)
         return refuse(
             404,
             "AGENT_NOT_FOUND",
-            f"Route {request.method}:{request.path[:200]} not found;"
-            " events go to POST /api/public/apps/track",
+            f"Route {request.method}:{request.path[:200]} not found; events go to POST {_TRACK}",
         )
 
-    async def _track(self, request: Request) -> Answer:
-        if not _is_json(request.headers.get("Content-Type", "")):
+    def _track(self, request: Request) -> Reply:
+        content_type = request.headers.get("content-type", "")
+        if content_type != _JSON and not _is_json(content_type):
             return refuse(
                 415,
                 "FST_ERR_CTP_INVALID_MEDIA_TYPE",
-                f"Content-Type: expected application/json,"
-                f" got {request.headers.get('Content-Type', '')[:100]!r}",
+                f"Content-Type: expected application/json, got {content_type[:100]!r}",
             )
         try:
             event = parse_track(
@@ -79,18 +82,29 @@ class Routes:
         except InvalidEventError as exc:
             return refuse(exc.status, exc.code, str(exc))
         try:
-            (appended,) = await self._writer.append([event])
+            committed = self._writer.append([event])
         except OutboxError as exc:
             return refuse_for(exc)
-        match appended:
-            case Appended.STORED:
-                return STORED
-            case Appended.REPLAYED:
-                return REPLAYED
-            case Appended.CONFLICTING:
-                log.warning("event.conflicting", message_id=event.message_id)
-                return REPLAYED
+        return Later(committed, partial(_stored, event.message_id))
+
+
+def _stored(message_id: str, committed: asyncio.Future[list[Appended]]) -> Answer:
+    try:
+        (appended,) = committed.result()
+    except OutboxError as exc:
+        return refuse_for(exc)
+    match appended:
+        case Appended.STORED:
+            return STORED
+        case Appended.REPLAYED:
+            return REPLAYED
+        case Appended.CONFLICTING:
+            log.warning("event.conflicting", message_id=message_id)
+            return REPLAYED
+
+
+_JSON = "application/json"
 
 
 def _is_json(content_type: str) -> bool:
-    return content_type.partition(";")[0].strip().lower() == "application/json"
+    return content_type.partition(";")[0].strip().lower() == _JSON

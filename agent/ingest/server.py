@@ -1,134 +1,22 @@
-"""The listener: sockets, deadlines and bytes. The one module that knows aiohttp's server.
+"""The server: listens, looks after its connections, and ends in good order.
 
-A client that stalls while it sends is closed within 15 s at each stage; one that does not read its
-answer has no deadline of its own yet:
-
-| stage                              | deadline                                   |
-| ---------------------------------- | ------------------------------------------ |
-| before, between and in the headers | `IDLE_S` since the last answer             |
-| in the body                        | `BODY_S` since its headers, answered 408   |
-| after a refusal sent before the body | `LINGER_S` more, so that the client reads it |
+What a connection does is `agent.ingest.connection`'s, what its bytes mean `agent.ingest.wire`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from pathlib import Path
-from urllib.parse import unquote
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 
-import structlog
-from aiohttp import web
-
-from agent.errors import AgentError
-from agent.exchange import Answer, Handler, Request, refuse
+from agent.exchange import Handler
+from agent.ingest.connection import Connection, Deadlines, Shared
 from agent.ingest.guard import Guard
-
-IDLE_S = 12.0
-BODY_S = 10.0
-LINGER_S = 2.0
-
-STOP_S = 3.0
-"""How long answers in flight may take once the agent stops; a commit takes milliseconds."""
-
-READING_BYTES = 64 * 1024 * 1024
-"""Bodies that may be half read at once: a dozen of the largest, thousands of ordinary ones."""
+from agent.ingest.sockets import bind_tcp, bind_unix, shown
 
 _BACKLOG = 1024
 """Connections the kernel holds ready: apps that all start at boot must not be refused."""
-
-log = structlog.get_logger()
-
-
-class Server:
-    """Turns aiohttp's requests into plain ones for *handler*, and its answers back."""
-
-    def __init__(self, guard: Guard, handler: Handler) -> None:
-        self._guard = guard
-        self._handler = handler
-        self._reading_bytes = 0
-
-    async def handle(self, request: web.BaseRequest) -> web.Response:
-        # One reading of the target, for guard and routes: two could differ.
-        path = unquote(request.raw_path.partition("?")[0])
-        try:
-            answer = self._guard.judge(request.headers, path) or await self._answer(request, path)
-        except Exception:  # the one place that turns a bug into a 500 instead of a dead connection
-            log.exception("request.failed", path=path)
-            answer = refuse(500, "AGENT_BUG", "the agent failed on this request; see its log")
-        response = web.Response(
-            status=answer.status,
-            body=answer.body or None,
-            headers={
-                "Server": "tranthor-agent",
-                **answer.headers,
-                **self._guard.cors(request.headers),
-            },
-        )
-        if answer.body:
-            response.headers["Content-Type"] = answer.content_type
-        if answer.close:
-            response.force_close()
-        return response
-
-    async def _answer(self, request: web.BaseRequest, path: str) -> Answer:
-        if not path.startswith("/"):
-            return refuse(400, "AGENT_BAD_TARGET", "request target: expected a path", close=True)
-        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-            return Answer(status=204)  # the preflight of an allowed page; cors() says what it may
-        if request.headers.get("Expect", "").lower() == "100-continue":
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = await self._read_body(request)
-        if isinstance(body, bytes):
-            body = self._guard.inflate(body, request.headers.get("Content-Encoding", "identity"))
-        if isinstance(body, Answer):
-            return body
-        return await self._handler(
-            Request(
-                method=request.method,
-                path=path,
-                query=request.query,
-                headers=request.headers,
-                body=body,
-            )
-        )
-
-    async def _read_body(self, request: web.BaseRequest) -> bytes | Answer:
-        chunks: list[bytes] = []
-        size = 0
-        try:
-            async with asyncio.timeout(BODY_S):
-                while chunk := await request.content.readany():
-                    chunks.append(chunk)
-                    size += len(chunk)
-                    self._reading_bytes += len(chunk)
-                    if size > self._guard.max_body_bytes:  # chunked: no length to judge before
-                        return self._guard.too_large()
-                    if self._reading_bytes > READING_BYTES:
-                        return refuse(
-                            503,
-                            "AGENT_OVERLOADED",
-                            f"{READING_BYTES} bytes of other requests are being read;"
-                            " send again shortly",
-                            retry_after_s=1,
-                            close=True,
-                        )
-        except TimeoutError:
-            return refuse(
-                408,
-                "AGENT_BODY_TIMEOUT",
-                f"body: {size} bytes came in {BODY_S:.0f} s, then no more; send it whole",
-                close=True,
-            )
-        except web.RequestPayloadError as exc:
-            return refuse(400, "AGENT_BAD_BODY", f"body: {exc}", close=True)
-        finally:
-            self._reading_bytes -= size
-        return b"".join(chunks)
 
 
 @asynccontextmanager
@@ -140,80 +28,60 @@ async def serving(
     port: int,
     unix_socket: str = "",
     inherited: Sequence[socket.socket] = (),
+    deadlines: Deadlines | None = None,
 ) -> AsyncIterator[list[str]]:
     """Answer requests while the block runs; yields the addresses bound, as URLs or socket paths.
 
     With *inherited* sockets (of a .socket unit) those are listened on, and host and port are not.
 
-    On leaving: no new connections, idle ones closed, answers in flight finished (up to `STOP_S`).
+    On leaving: no new connections, idle ones closed, answers in flight finished (up to `stop_s`).
     Raises `AgentError` if an address cannot be bound.
     """
-    server = web.Server(
-        Server(guard, handler).handle,
-        access_log=None,
-        logger=_QUIET,
-        keepalive_timeout=IDLE_S,
-        lingering_time=LINGER_S,
-        auto_decompress=False,
-    )
-    runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=STOP_S)
-    await runner.setup()
-    try:
-        for listening in inherited:
-            await web.SockSite(runner, listening, backlog=_BACKLOG).start()
-        if not inherited:
-            await _bind(
-                web.TCPSite(runner, host, port, backlog=_BACKLOG).start,
-                f"{host}:{port}",
-                "set ingest.port to a free one",
-            )
+    with ExitStack() as bound:
+        sockets = [bound.enter_context(each) for each in inherited or bind_tcp(host, port)]
         if unix_socket:
-            _require_unused(unix_socket)
-            await _bind(
-                web.UnixSite(runner, unix_socket, backlog=_BACKLOG).start,
-                unix_socket,
-                "set ingest.unix_socket to another path",
+            sockets.append(bound.enter_context(bind_unix(unix_socket)))
+        async with asyncio.TaskGroup() as tasks:
+            loop = asyncio.get_running_loop()
+            shared = Shared(
+                guard=guard,
+                handler=handler,
+                deadlines=deadlines or Deadlines(),
+                tasks=tasks,
+                loop=loop,
             )
-            # Whoever may enter its folder may post; the umask would have shut out the group.
-            Path(unix_socket).chmod(0o660)  # noqa: ASYNC240  # one local call
-        yield [_shown(address) for address in runner.addresses]
-    finally:
-        await runner.cleanup()
+            looking = tasks.create_task(_look_after(shared))
+            listeners = [
+                await loop.create_server(lambda: Connection(shared), sock=each, backlog=_BACKLOG)
+                for each in sockets
+            ]
+            try:
+                yield [shown(each) for each in sockets]
+            finally:
+                for listener in listeners:
+                    listener.close()
+                await _finish(shared)
+                looking.cancel()
 
 
-_QUIET = logging.getLogger("agent.ingest.aiohttp")
-# It would log malformed requests raw: events, user ids and the keys of apps.
-_QUIET.addHandler(logging.NullHandler())
-_QUIET.propagate = False
+async def _look_after(shared: Shared) -> None:
+    """Cut off clients that stall: one timer for all of them."""
+    while True:
+        await asyncio.sleep(shared.deadlines.look_s)
+        now_s = shared.loop.time()
+        for connection in tuple(shared.connections):
+            connection.look(now_s)
 
 
-def _require_unused(unix_socket: str) -> None:
-    """Refuse the socket of a living agent, which binding would silently replace."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(unix_socket)
-        except OSError:
-            return
-    raise AgentError(
-        f"{unix_socket}: another agent listens on it; set ingest.unix_socket to another path"
-    )
-
-
-async def _bind(start: Callable[[], Awaitable[None]], address: str, remedy: str) -> None:
-    try:
-        await start()
-    except OSError as exc:
-        if exc.errno == errno.EADDRINUSE:
-            raise AgentError(
-                f"{address}: already in use; another agent may be running"
-                f" (tranthor-agent status), or {remedy}"
-            ) from exc
-        raise AgentError(f"{address}: cannot listen ({exc.strerror or exc}); {remedy}") from exc
-
-
-def _shown(address: object) -> str:
-    match address:
-        case (str(host), int(port), *_):
-            return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        case _:
-            return str(address)
+async def _finish(shared: Shared) -> None:
+    shared.stopping = True
+    for connection in tuple(shared.connections):
+        connection.stop()
+    if shared.connections:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(shared.deadlines.stop_s):
+                await shared.emptied.wait()
+    for connection in tuple(shared.connections):
+        connection.abort()
+    for task in tuple(shared.handling):
+        task.cancel()

@@ -1,0 +1,253 @@
+"""One client's connection: when to read, when to answer, when to hang up.
+
+The thin shell around `agent.ingest.wire`, which decides what the bytes mean. No task and no timer
+of its own: the server looks at each connection every second. A client that stalls is cut off
+
+| while it                  | after      | and is told          |
+| ------------------------- | ---------- | -------------------- |
+| sends nothing, or a head  | `idle_s`   | 408 if it had begun  |
+| sends a body              | `body_s`   | 408                  |
+| does not read its answer  | `write_s`  |                      |
+| was refused and stays     | `linger_s` | the refusal, before  |
+
+counted from the last answer, or for a body from its head.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import msgspec
+
+from agent.exchange import STORED, Answer, Handler, Later, Request, refuse
+from agent.ingest.guard import Guard
+from agent.ingest.wire import BODY, HEAD, PLAIN, STORED_PLAIN, Reader, Reading, failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadlines:
+    """How long a client may stall, in seconds; each ends at the latest one look later, within 15 s.
+
+    *stop_s* is for the answers in flight once the agent stops; a commit takes milliseconds.
+    """
+
+    idle_s: float = 12.0
+    body_s: float = 10.0
+    write_s: float = 10.0
+    linger_s: float = 2.0
+    look_s: float = 1.0
+    stop_s: float = 3.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Shared:
+    """What the connections of one server have in common. *tasks* owns those of the handlers."""
+
+    guard: Guard
+    handler: Handler
+    deadlines: Deadlines
+    tasks: asyncio.TaskGroup
+    loop: asyncio.AbstractEventLoop
+    reading: Reading = field(default_factory=Reading)
+    connections: set[Connection] = field(default_factory=set)
+    handling: set[asyncio.Task[Answer]] = field(default_factory=set)
+    stopping: bool = False
+    emptied: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the last connection went, once stopping."""
+
+
+class Connection(asyncio.Protocol):
+    """Answers the requests of one client one by one, in their order."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._handler = shared.handler
+        self._now_s = shared.loop.time
+        self._reader = Reader(shared.guard, shared.reading)
+        self._transport: asyncio.Transport
+        self._awaited: Later[Any] | None = None
+        self._framing = PLAIN
+        self._since_s = self._now_s()
+        self._paused = False
+        self._choked = False
+        self._client_done = False
+        self._lingering = False
+
+    # --- what the transport tells ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._shared.connections.add(self)
+        if self._shared.stopping:  # accepted a moment before
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        reader = self._reader
+        stage = reader.stage
+        reader.feed(data)
+        if reader.stage is BODY and stage is not BODY:
+            self._since_s = self._now_s()
+        if self._awaited is None and not self._choked:
+            self._advance()
+        elif not self._paused:
+            # One chunk ahead is enough; what follows waits in the client.
+            self._transport.pause_reading()
+            self._paused = True
+
+    def eof_received(self) -> bool:
+        """Stay open for the answers that are owed, as `curl | nc` and the like expect."""
+        self._client_done = True
+        return self._busy and not self._lingering
+
+    def pause_writing(self) -> None:
+        self._choked = True
+
+    def resume_writing(self) -> None:
+        self._choked = False
+        self._advance()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # the base class's
+        self._reader.close()
+        self._shared.connections.discard(self)
+        if self._shared.stopping and not self._shared.connections:
+            self._shared.emptied.set()
+
+    # --- what the server asks ---
+
+    def look(self, now_s: float) -> None:
+        """Cut off a client that stalls."""
+        deadlines, waited_s = self._shared.deadlines, now_s - self._since_s
+        if self._transport.get_write_buffer_size():
+            if waited_s > deadlines.write_s:
+                self._transport.abort()
+        elif self._lingering:
+            if waited_s > deadlines.linger_s:
+                self._transport.abort()
+        elif self._awaited is None:
+            self._look_at_reading(waited_s)
+
+    def stop(self) -> None:
+        """Close now if nothing is owed; else after the answer."""
+        if not self._busy and self._reader.stage is not BODY:
+            self._transport.close()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    # --- in between ---
+
+    @property
+    def _busy(self) -> bool:
+        return self._awaited is not None or bool(self._reader.ready)
+
+    def _advance(self) -> None:
+        """Take up what was read, until an answer has to be waited for."""
+        ready, transport = self._reader.ready, self._transport
+        while ready and self._awaited is None and not self._choked and not transport.is_closing():
+            exchange = ready.popleft()
+            if isinstance(exchange, bytes):
+                transport.write(exchange)
+                continue
+            self._framing = exchange.framing
+            if isinstance(exchange.asked, Answer):
+                self._send(exchange.asked)
+            else:
+                self._ask(exchange.asked)
+        if self._awaited is None and not self._choked:
+            if self._paused:
+                self._paused = False
+                transport.resume_reading()
+            if self._client_done:
+                transport.close()
+
+    def _ask(self, request: Request) -> None:
+        try:
+            reply = self._handler(request)
+        except Exception as exc:  # noqa: BLE001  # a bug is a 500 instead of a dead connection
+            self._send(failure(exc))
+            return
+        if isinstance(reply, Answer):
+            self._send(reply)
+            return
+        if not isinstance(reply, Later):
+            task = self._shared.tasks.create_task(_contained(reply))
+            self._shared.handling.add(task)
+            task.add_done_callback(self._shared.handling.discard)
+            reply = Later(task, asyncio.Future.result)
+        self._awaited = reply
+        reply.future.add_done_callback(self._conclude)
+
+    def _conclude(self, future: asyncio.Future[Any]) -> None:
+        awaited = cast("Later[Any]", self._awaited)
+        self._awaited = None
+        if future.cancelled():
+            self._transport.abort()  # the server ends
+            return
+        try:
+            answer = awaited.answer(future)
+        except Exception as exc:  # noqa: BLE001  # as in _ask
+            answer = failure(exc)
+        if not self._transport.is_closing():
+            self._send(answer)
+            self._advance()
+
+    def _send(self, answer: Answer) -> None:
+        framing = self._framing
+        if self._shared.stopping:
+            framing = msgspec.structs.replace(framing, closes=True)
+        usual = answer is STORED and framing is PLAIN
+        self._transport.write(STORED_PLAIN if usual else framing.encode(answer))
+        self._since_s = self._now_s()
+        if framing.closes or answer.close:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Close in a way that lets the client read the answer: at once would cost it a reset.
+
+        Source: RFC 9112, 9.6. What still comes is read and dropped.
+        """
+        self._reader.end()
+        if self._client_done:
+            self._transport.close()
+        else:
+            self._transport.write_eof()
+            self._lingering = True
+
+    def _look_at_reading(self, waited_s: float) -> None:
+        deadlines, reader = self._shared.deadlines, self._reader
+        if reader.stage is BODY:
+            if waited_s > deadlines.body_s:
+                reader.refuse(
+                    _timeout(
+                        "AGENT_BODY_TIMEOUT",
+                        f"body: {reader.body_bytes} bytes came in {deadlines.body_s:.0f} s,"
+                        " then no more; send it whole",
+                    )
+                )
+                self._advance()
+        elif waited_s > deadlines.idle_s:
+            if reader.stage is HEAD:
+                reader.refuse(
+                    _timeout(
+                        "AGENT_HEADERS_TIMEOUT",
+                        f"headers: not whole within {deadlines.idle_s:.0f} s",
+                    )
+                )
+                self._advance()
+            else:
+                self._transport.close()
+
+
+def _timeout(code: str, message: str) -> Answer:
+    return refuse(408, code, message, close=True)
+
+
+async def _contained(reply: Coroutine[Any, Any, Answer]) -> Answer:
+    """Keep a bug in one answer from ending the others."""
+    try:
+        return await reply
+    except Exception as exc:  # noqa: BLE001  # as in Connection._ask
+        return failure(exc)
