@@ -1,6 +1,6 @@
 """The daemon: what is made of what, in which order it starts, and how it ends.
 
-    outbox (lock, recovery, migration) ⊃ writer ⊃ forwarder ⊃ upkeep ⊃ server ⊃ READY
+    outbox (lock, recovery, migration) ⊃ writer ⊃ forwarder ⊃ salvage, upkeep ⊃ server ⊃ READY
 
 Nesting is shutdown order: the server stops accepting and finishes its answers, the forwarder ends
 what is in flight, the writer commits what is queued, checkpoints and closes. Knows no details.
@@ -31,6 +31,7 @@ from agent.ingest.guard import Guard
 from agent.ingest.routes import Mount, Routes
 from agent.ingest.server import serving
 from agent.outbox.reader import Reader, open_own_reader
+from agent.outbox.rescue import salvage_damaged
 from agent.outbox.upkeep import Retention, keep_up
 from agent.outbox.writer import Policy, Writer, open_writer
 from agent.settings import Settings
@@ -54,9 +55,9 @@ async def run(loaded: Loaded, environ: MutableMapping[str, str]) -> None:
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         writer = await enter(open_writer(settings.outbox.path, _policy(settings), clock))
-        reader = await enter(open_own_reader(settings.outbox.path))
+        reader = await enter(open_own_reader(settings.outbox.path, on_damage=writer.suspect))
         # People's searches have a connection of their own: they must not hold up delivery.
-        searcher = await enter(open_own_reader(settings.outbox.path))
+        searcher = await enter(open_own_reader(settings.outbox.path, on_damage=writer.suspect))
         unconfigured = loaded.missing()
         forwarder = Forwarder(
             writer=writer,
@@ -69,6 +70,7 @@ async def run(loaded: Loaded, environ: MutableMapping[str, str]) -> None:
             paused=(await reader.ledger()).paused,
         )
         await enter(forwarding(forwarder))
+        await enter(_background(salvage_damaged(writer)))
         await enter(_background(keep_up(writer, clock, _retention(settings))))
         control = Control(
             reader=searcher,

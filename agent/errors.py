@@ -47,3 +47,7 @@ class OutboxFullError(OutboxError):
 
 class OutboxUnavailableError(OutboxError):
     """The database did not answer as it must: whether the event was stored is unknown."""
+
+
+class OutboxDamagedError(OutboxError):
+    """The file is not what the agent wrote: its rows must be salvaged from it, not read by SQLite."""

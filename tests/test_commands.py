@@ -218,7 +218,7 @@ def _status(**changes: Any) -> Status:
          "conflicts", "in_flight", "parked_users", "ambiguous"), 0
     )  # fmt: skip
     known |= dict.fromkeys(
-        ("oldest_pending_age_s", "next_attempt_in_s", "last_error", "last_error_age_s")
+        ("oldest_pending_age_s", "next_attempt_in_s", "last_error", "last_error_age_s", "salvage")
     )
     known |= {"state": "flowing", "reason": "", "outbox": _outbox(), "upstream": "", "version": "1"}
     return Status(**(known | changes))

@@ -48,7 +48,7 @@ class Outbox:
     async def ack(self, *message_ids: str) -> None:
         for message_id in message_ids:
             self.writer.settle(Ack((await self.receipt(message_id)).seq))
-        await self.writer.perform(lambda store: store.free_pages())  # behind what was queued
+        await self.writer.perform(lambda store: store.space())  # behind what was queued
 
     async def ack_all(self) -> None:
         heads = await self.reader.scan(after=0, limit=100_000)

@@ -5,7 +5,7 @@ The same functions serve the control API, and the command line when no daemon ru
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from agent.outbox.reader import Reader
 from agent.outbox.records import Selection
@@ -22,7 +22,7 @@ _PAGE = 50
 async def requeue(reader: Reader, writer: Writer, selection: Selection, *, now_ms: int) -> int:
     """Put the dead letters that *selection* means at the end of the queue; return how many."""
 
-    def verb(seqs: list[int]) -> Callable[[Store], Awaitable[int]]:
+    def verb(seqs: list[int]) -> Callable[[Store], int]:
         return lambda store: store.requeue(seqs, now_ms=now_ms)
 
     return await _in_chunks(reader, writer, selection, verb)
@@ -31,7 +31,7 @@ async def requeue(reader: Reader, writer: Writer, selection: Selection, *, now_m
 async def discard(reader: Reader, writer: Writer, selection: Selection) -> int:
     """Delete the dead letters that *selection* means; return how many."""
 
-    def verb(seqs: list[int]) -> Callable[[Store], Awaitable[int]]:
+    def verb(seqs: list[int]) -> Callable[[Store], int]:
         return lambda store: store.discard(seqs)
 
     return await _in_chunks(reader, writer, selection, verb)
@@ -41,7 +41,7 @@ async def _in_chunks(
     reader: Reader,
     writer: Writer,
     selection: Selection,
-    verb: Callable[[list[int]], Callable[[Store], Awaitable[int]]],
+    verb: Callable[[list[int]], Callable[[Store], int]],
 ) -> int:
     # All are chosen before the first is changed: one that is requeued, refused again and so dead
     # again meanwhile would otherwise be met again, without end.

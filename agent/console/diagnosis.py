@@ -11,6 +11,7 @@ from enum import Enum
 from typing import assert_never
 
 from agent.console.status import NEARLY_FULL, Report, Status, Unreadable
+from agent.outbox.records import Salvage
 
 
 class Level(Enum):
@@ -139,6 +140,8 @@ def _left_over(status: Status, program: str) -> Iterator[Finding]:
             f"{count(status.dead, 'dead letter')} set aside",
             f"see why: {program} dead list; then {program} dead requeue --all, or dead discard --all",
         )
+    if status.salvage is not None:
+        yield _salvaged(status.salvage)
     outbox = status.outbox
     if outbox.full is None and outbox.bytes > NEARLY_FULL * outbox.max_bytes:
         yield Finding(
@@ -146,3 +149,30 @@ def _left_over(status: Status, program: str) -> Iterator[Finding]:
             f"the outbox is nearly full ({outbox.bytes / outbox.max_bytes:.0%})",
             "let events be delivered, or raise outbox.max_size and restart the agent",
         )
+
+
+def _salvaged(salvage: Salvage) -> Finding:
+    found = salvage.pending + salvage.dead
+    back = f"{count(found, 'event')} brought back, {salvage.lost:,} lost ({salvage.moved_to})"
+    match salvage.state:
+        case "running":
+            return Finding(
+                Level.PASSING,
+                f"a damaged outbox was set aside and is being read: {back} so far",
+                "what comes back goes first; new events are taken meanwhile",
+            )
+        case "done":
+            return Finding(
+                Level.GRAVE if salvage.lost else Level.PASSING,
+                f"a damaged outbox was set aside: {back}",
+                "check the disk; delete that file and its -wal when you need neither, and this"
+                " note goes with the next start",
+            )
+        case "failed":
+            return Finding(
+                Level.GRAVE,
+                f"a damaged outbox was set aside and could not be read to its end: {back}",
+                "see the agent's log; its next start tries again",
+            )
+        case _:
+            assert_never(salvage.state)

@@ -203,11 +203,7 @@ def _stranger(client: DaemonClient, status: Status) -> str:
 
 
 def _holder(path: Path) -> str:
-    try:
-        pid = lock.lock_path(path).read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        pid = ""
-    return f"process {pid or '(unknown)'} owns {path}"
+    return f"process {lock.owner(path)} owns {path}"
 
 
 # --- without a daemon ---
@@ -289,6 +285,7 @@ def _empty(loaded: Loaded) -> Status:
         in_flight=0,
         parked_users=0,
         ambiguous=0,
+        salvage=None,
         outbox=OutboxStatus(
             path=str(outbox.path),
             bytes=0,

@@ -13,7 +13,7 @@ import msgspec
 
 from agent import __version__
 from agent.outbox.reader import Reader
-from agent.outbox.records import Ledger
+from agent.outbox.records import Ledger, Salvage
 
 State = Literal[
     "flowing", "backing_off", "held", "paused", "unconfigured", "stopped", "unresponsive"
@@ -55,6 +55,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: int
     parked_users: int
     ambiguous: int
+    salvage: Salvage | None
     outbox: OutboxStatus
     upstream: str
     version: str
@@ -124,6 +125,7 @@ async def collect(
         in_flight=0 if flow is None else flow.in_flight,
         parked_users=0 if flow is None else flow.parked_users,
         ambiguous=0 if flow is None else flow.ambiguous,
+        salvage=await reader.salvage(),
         outbox=OutboxStatus(
             path=str(reader.path),
             bytes=_size(reader.path),

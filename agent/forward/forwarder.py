@@ -170,6 +170,8 @@ class Forwarder:
             return "unconfigured", self._unconfigured
         if self._paused:
             return "paused", "paused by a person; tranthor-agent resume ends it"
+        if self._writer.unsalvaged:
+            return "backing_off", "events of a damaged outbox are being read back; they go first"
         match self._breaker.state:
             case Open(_, _, why) | HalfOpen(Open(_, _, why)):
                 return "backing_off", why
@@ -219,6 +221,8 @@ class Forwarder:
             await asyncio.sleep(_READ_AGAIN_S)
 
     async def _read_on(self) -> None:
+        if self._writer.unsalvaged:  # what comes back is older than what was accepted since
+            return
         lanes = self._lanes
         while (starved := lanes.starved()) is not None:
             key, last_seq = starved
@@ -233,7 +237,7 @@ class Forwarder:
                 self._wake.set()
 
     def _take(self, now_s: float) -> tuple[Head, Ticket] | None:
-        if self._stopping or self._unsettled >= UNSETTLED:
+        if self._stopping or self._writer.unsalvaged or self._unsettled >= UNSETTLED:
             return None
         due_at_s = self._due_at_s()
         if due_at_s is None or due_at_s > now_s:

@@ -1,51 +1,171 @@
-"""Opening the database file to write: whose it is, which version, and the settings promise 1 needs."""
+"""The one connection that writes: whose file it is, which version, and how a transaction runs.
+
+A transaction is one call in the connection's thread, from BEGIN to the sync of its COMMIT: going
+back and forth between event loop and thread for each statement took longer than the statements.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import sqlite3
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 import aiosqlite
 
-from agent.errors import OutboxError
+from agent.errors import OutboxDamagedError, OutboxError
 from agent.outbox import schema
+from agent.outbox.ids import id_hash
+from agent.outbox.store import Space, Store
+
+T = TypeVar("T")
 
 _BUSY_TIMEOUT_S = 5.0
 """A reader that recovers the log after a crash holds the database for moments; nobody else does."""
 
+_PAGE_BYTES = 2048
+"""Of a new database. One small event changes a handful of pages: smaller ones write less, larger
+ones hold a backlog better. Half of SQLite's default is where flash and backlog both do well."""
+
+_LOG_PAGES = 4000
+"""After so many pages in the log they go into the database: 8 MiB, so that pages that change often
+are written once."""
+
 _LOG_BYTES = 8 * 1024 * 1024
-"""To what the write-ahead log shrinks again after a burst: two of SQLite's own checkpoints."""
+"""To what the write-ahead log shrinks again after a burst."""
+
+_CHECKED_PAGES = 8_192
+"""A database up to this size is checked whole when it is opened: tens of milliseconds. In a larger
+one damage is found where it is met."""
+
+_DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 
-async def connect(path: Path) -> aiosqlite.Connection:
+class Database:
+    """The open write connection. Made by `connect`."""
+
+    def __init__(self, connection: _Connection, store: Store) -> None:
+        self._connection = connection
+        self._store = store
+        self.space = Space(used=0, free=0)
+        """What the database took after the last commit."""
+
+    @property
+    def withdrawn(self) -> int:
+        """How many pending events were evicted or expired since the outbox was opened."""
+        return self._store.withdrawn
+
+    async def transact(self, verb: Callable[[Store], T]) -> T:
+        """Run *verb* in the connection's thread; return its result once the commit is synced.
+
+        Whatever *verb* raises undoes what it did. Raises `sqlite3.Error` if it cannot be stored.
+        """
+        return await self._connection.run(lambda db: self._transact(db, verb))
+
+    def _transact(self, db: sqlite3.Connection, verb: Callable[[Store], T]) -> T:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            result = verb(self._store)
+            space = self._store.space()
+            db.commit()
+        except BaseException:
+            if db.in_transaction:  # SQLite may have rolled it back already
+                db.rollback()
+            self._store.rolled_back()
+            raise
+        self._store.committed()
+        self.space = space
+        return result
+
+    async def checkpoint(self) -> None:
+        """Empty the log into the database. Raises `sqlite3.Error` if that fails."""
+        await self._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
+class _Connection(aiosqlite.Connection):
+    """aiosqlite's, with one more way to use its thread."""
+
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run *work* in the connection's thread, as every other method does with its own."""
+        result: T = await self._execute(  # type: ignore[no-untyped-call]
+            lambda: work(self._conn)
+        )
+        return result
+
+
+async def connect(path: Path) -> Database:
     """Return the write connection to *path*, made or migrated as need be.
 
-    Raises `OutboxError`, and leaves the file as it was, if it is another program's, of a newer
-    version, damaged, or may not be written.
+    Raises `OutboxDamagedError` for a damaged outbox of ours. Raises `OutboxError`, and leaves the
+    file as it was, if it is another program's, of a newer version, or may not be written.
     """
     try:
         _make_private(path)
-        db = await aiosqlite.connect(path, isolation_level=None, timeout=_BUSY_TIMEOUT_S)
+        connection = _Connection(
+            lambda: sqlite3.connect(path, isolation_level=None, timeout=_BUSY_TIMEOUT_S),
+            iter_chunk_size=64,
+        )
+        await connection
     except (OSError, sqlite3.Error) as exc:
         raise _cannot_open(path, exc) from exc
     try:
-        version = await _recognise(db, path)
-        if version == 0:
-            # Only takes hold before the first table is made.
-            await db.execute_fetchall("PRAGMA auto_vacuum = INCREMENTAL")
-        await db.execute_fetchall("PRAGMA journal_mode = WAL")
-        await db.execute_fetchall("PRAGMA synchronous = FULL")
-        await db.execute_fetchall(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
-        await schema.migrate(db, version)
+        return Database(connection, await connection.run(lambda db: _prepare(db, path)))
     except sqlite3.Error as exc:
-        await db.close()
+        await _give_up(connection)
+        # Ours, but a table or column is not what the version says: damage, too.
+        if is_damage(exc) or getattr(exc, "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR:
+            raise OutboxDamagedError(f"{path}: damaged ({exc})") from exc
         raise _cannot_open(path, exc) from exc
     except BaseException:
-        await db.close()
+        await _give_up(connection)
         raise
-    return db
+
+
+def is_damage(exc: sqlite3.Error) -> bool:
+    """Return whether SQLite found that the file is not what it wrote."""
+    return getattr(exc, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
+
+
+def is_full(exc: sqlite3.Error) -> bool:
+    """Return whether there was no room on the disk."""
+    return getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+
+
+async def _give_up(connection: aiosqlite.Connection) -> None:
+    with suppress(sqlite3.Error):
+        await connection.close()
+
+
+def _prepare(db: sqlite3.Connection, path: Path) -> Store:
+    version = _recognise(db, path)
+    if version == 0:
+        # Only take hold before the first table is made.
+        db.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
+    db.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
+    db.create_function("id_hash", 1, id_hash, deterministic=True)
+    schema.migrate(db, version)
+    _check(db, path)
+    return Store(db)
+
+
+def _check(db: sqlite3.Connection, path: Path) -> None:
+    """Look for damage, as far as that takes no time. Raises `OutboxDamagedError`."""
+    if _value(db, "SELECT COUNT(*) FROM ledger") != 1:
+        raise OutboxDamagedError(f"{path}: damaged (no ledger)")
+    if _value(db, "PRAGMA page_count") <= _CHECKED_PAGES:
+        verdict = _value(db, "PRAGMA quick_check(1)")
+        if verdict != "ok":
+            raise OutboxDamagedError(f"{path}: damaged ({verdict})")
 
 
 def _make_private(path: Path) -> None:
@@ -67,22 +187,39 @@ def _make_private(path: Path) -> None:
     os.close(fd)
 
 
-async def _recognise(db: aiosqlite.Connection, path: Path) -> int:
+def _recognise(db: sqlite3.Connection, path: Path) -> int:
     """Return the schema version of our database, 0 for an empty one. Raises `OutboxError` for others."""
-    ((version,),) = await db.execute_fetchall("PRAGMA user_version")
-    ((application_id,),) = await db.execute_fetchall("PRAGMA application_id")
-    ((tables,),) = await db.execute_fetchall("SELECT COUNT(*) FROM sqlite_schema")
-    ours = application_id == schema.APPLICATION_ID if version or tables else True
-    if not ours:
-        raise OutboxError(
-            f"{path}: a database of another program; set outbox.path to a file of its own"
-        )
-    if version > schema.VERSION:
+    version = _value(db, "PRAGMA user_version")
+    tables = _tables(db)
+    foreign = _value(db, "PRAGMA application_id") != schema.APPLICATION_ID
+    if (version or tables) and (foreign or version > schema.VERSION):
+        if tables and tables == _our_tables():
+            raise OutboxDamagedError(f"{path}: damaged (the header is not that of its tables)")
+        if foreign:
+            raise OutboxError(
+                f"{path}: a database of another program; set outbox.path to a file of its own"
+            )
         raise OutboxError(
             f"{path}: written by a newer version (schema {version}, this one knows"
             f" {schema.VERSION}); install the newer version, or set outbox.path to a new file"
         )
     return int(version)
+
+
+def _tables(db: sqlite3.Connection) -> set[str]:
+    return {sql for (sql,) in db.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")}
+
+
+def _our_tables() -> set[str]:
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        db.create_function("id_hash", 1, id_hash)
+        schema.migrate(db, 0)
+        return _tables(db)
+
+
+def _value(db: sqlite3.Connection, sql: str) -> Any:
+    ((value,),) = db.execute(sql).fetchall()
+    return value
 
 
 def _cannot_open(path: Path, exc: Exception) -> OutboxError:

@@ -2,6 +2,9 @@
 
 SQLite before 3.51.3 can corrupt a WAL database when two connections write or checkpoint at the
 same moment; this lock is what keeps it to one.
+
+The file also says whether an outbox was ever opened there: a damaged one that is ours may be moved
+aside, a file of somebody else's, named by mistake, may not.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import asyncio
 import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from agent.errors import OutboxError, OutboxLockedError
@@ -24,8 +27,32 @@ def lock_path(outbox: Path) -> Path:
     return outbox.with_name(f"{outbox.name}.lock")
 
 
+_OURS = "outbox"
+
+
+class Ownership:
+    """The lock that is held. *proven* says that an agent had its outbox there before."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.proven = _OURS in os.pread(fd, 64, 0).decode("ascii", "replace").split()
+        self._write()
+
+    def prove(self) -> None:
+        """Remember that the file is an outbox of ours."""
+        self.proven = True
+        self._write()
+
+    def _write(self) -> None:
+        lines = f"{os.getpid()}\n" + f"{_OURS}\n" * self.proven
+        # In this order, so that a full disk leaves what was there: it is only a note.
+        with suppress(OSError):
+            os.pwrite(self._fd, lines.encode(), 0)
+            os.ftruncate(self._fd, len(lines))
+
+
 @asynccontextmanager
-async def exclusive(outbox: Path) -> AsyncIterator[None]:
+async def exclusive(outbox: Path) -> AsyncIterator[Ownership]:
     """Own *outbox* while the block runs. Raises `OutboxLockedError` naming the owner."""
     path = lock_path(outbox)
     try:
@@ -44,9 +71,7 @@ async def exclusive(outbox: Path) -> AsyncIterator[None]:
                 if not left:
                     raise _refusal(outbox, fd) from exc
                 await asyncio.sleep(_TRY_INTERVAL_S)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        yield
+        yield Ownership(fd)
     finally:
         os.close(fd)
 
@@ -80,7 +105,7 @@ def _refusal(outbox: Path, fd: int) -> OutboxLockedError:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return OutboxLockedError(
-            f"{outbox}: in use by process {_owner(fd)}; one agent per outbox:"
+            f"{outbox}: in use by process {owner(outbox)}; one agent per outbox:"
             " stop that one, or set outbox.path to another file"
         )
     # Shared is to be had: only readers are there, and the number in the file is of the past.
@@ -90,8 +115,13 @@ def _refusal(outbox: Path, fd: int) -> OutboxLockedError:
     )
 
 
-def _owner(fd: int) -> str:
-    return os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "(unknown)"
+def owner(outbox: Path) -> str:
+    """Return the process number of whoever locked *outbox* last, "(unknown)" if it cannot be read."""
+    try:
+        lines = lock_path(outbox).read_text(encoding="ascii", errors="replace").split()
+    except OSError:
+        lines = []
+    return lines[0] if lines else "(unknown)"
 
 
 def _give_to_owner_of(folder: Path, fd: int) -> None:

@@ -7,8 +7,9 @@ a -wal or -shm file under the wrong user (see `open_reader`).
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from urllib.parse import quote
 import aiosqlite
 import msgspec
 
-from agent.errors import OutboxError
+from agent.errors import OutboxDamagedError, OutboxError
 from agent.outbox import lock, schema
-from agent.outbox.records import Head, Ledger, Receipt, Selection, State
+from agent.outbox.database import is_damage
+from agent.outbox.ids import id_hash
+from agent.outbox.records import Head, Ledger, Receipt, Salvage, Selection, State
 
 INLINE_BYTES = 4096
 """Bodies up to this size come with the head; larger ones are read when they are sent."""
@@ -72,6 +75,13 @@ SELECT queued_ms
  LIMIT 1
 """
 
+_SALVAGE = """
+SELECT state, name, pending, dead, delivered, lost
+  FROM salvage
+ ORDER BY found_ms DESC
+ LIMIT 1
+"""
+
 _RECEIPT = """
 SELECT event.seq,
        event.message_id,
@@ -90,12 +100,18 @@ SELECT event.seq,
   LEFT JOIN dead    ON dead.seq = event.seq
 """
 
-_BY_MESSAGE_ID = (
-    _RECEIPT
-    + """
- WHERE event.message_id = :message_id
-"""
-)
+# The newest ids are in no index yet (outbox.ids): these few events are walked through.
+_KNOWN = """seq IN (SELECT seq
+                     FROM known
+                    WHERE id_hash IN (SELECT value FROM json_each(:id_hashes))
+                    UNION ALL
+                   SELECT seq
+                     FROM event
+                    WHERE seq > (SELECT indexed_upto FROM ledger)
+                      AND message_id IN (SELECT value FROM json_each(:message_ids)))
+          AND message_id IN (SELECT value FROM json_each(:message_ids))"""
+
+_BY_MESSAGE_ID = f"{_RECEIPT} WHERE event.{_KNOWN}"
 
 _ROWS: dict[State, str] = {
     "pending": """
@@ -120,7 +136,7 @@ SELECT seq, message_id, state, NULL AS kind, accepted_ms, settled_ms, 0 AS attem
 }
 
 _CONDITIONS = {
-    "message_ids": "message_id IN (SELECT value FROM json_each(:message_ids))",
+    "message_ids": _KNOWN,
     # Not by lane: an event that has both ids lies in the lane of its userId.
     "user": """:user IN (json_extract(CAST(body AS TEXT), '$.userId'),
               json_extract(CAST(body AS TEXT), '$.anonymousId'))""",
@@ -141,6 +157,10 @@ class Reader:
     def __init__(self, db: aiosqlite.Connection, path: Path) -> None:
         self.path = path
         self._db = db
+
+    async def close(self) -> None:
+        await self._db.interrupt()  # nobody waits for a query that still runs
+        await self._db.close()
 
     async def scan(self, *, after: int, limit: int) -> list[Head]:
         """Return the next *limit* pending events behind *after*, in order of acceptance."""
@@ -184,7 +204,7 @@ class Reader:
 
     async def receipt(self, message_id: str) -> Receipt | None:
         """Return where the event stands; None for an id that is not known (any more)."""
-        rows = await self._fetch(_BY_MESSAGE_ID, message_id=message_id)
+        rows = await self._fetch(_BY_MESSAGE_ID, **_ids((message_id,)))
         return _receipt(rows[0]) if rows else None
 
     async def select(
@@ -205,7 +225,7 @@ class Reader:
             after=after,
             limit=limit,
             listed_bytes=LISTED_BYTES,
-            message_ids=msgspec.json.encode(selection.message_ids).decode(),
+            **_ids(selection.message_ids),
             event=selection.event,
             user=selection.user,
             text=selection.text,
@@ -215,13 +235,54 @@ class Reader:
         )
         return [_receipt(row) for row in rows]
 
+    async def salvage(self) -> Salvage | None:
+        """Return what came of the last damaged database; None if there never was one."""
+        rows = await self._fetch(_SALVAGE)
+        return Salvage(*rows[0]) if rows else None
+
     async def _fetch(self, sql: str, **values: Any) -> list[sqlite3.Row]:
         try:
             return list(await self._db.execute_fetchall(sql, values))
         except sqlite3.Error as exc:
-            raise OutboxError(f"{self.path}: cannot read the outbox ({exc})") from exc
+            kind = OutboxDamagedError if is_damage(exc) else OutboxError
+            raise kind(f"{self.path}: cannot read the outbox ({exc})") from exc
         except UnicodeEncodeError as exc:
             raise OutboxError(f"{exc.object!r}: not valid text, so no event has it") from exc
+
+
+class _OwnReader(Reader):
+    """The daemon's own: it follows the writer to a new database, and tells it of damage."""
+
+    def __init__(
+        self, db: aiosqlite.Connection, path: Path, on_damage: Callable[[str], None]
+    ) -> None:
+        super().__init__(db, path)
+        self._on_damage = on_damage
+        self._inode = _inode(path)
+        self._following = asyncio.Lock()
+
+    async def _fetch(self, sql: str, **values: Any) -> list[sqlite3.Row]:
+        if _inode(self.path) != self._inode:
+            await self._follow()
+        try:
+            return await super()._fetch(sql, **values)
+        except OutboxDamagedError as exc:
+            if _inode(self.path) == self._inode:
+                self._on_damage(str(exc))
+            raise
+
+    async def _follow(self) -> None:
+        async with self._following:
+            inode = _inode(self.path)
+            if inode == self._inode:  # another query was first
+                return
+            old = self._db
+            try:
+                self._db = await _connect(self.path, immutable=False)
+            except sqlite3.Error as exc:
+                raise OutboxError(f"{self.path}: cannot read the outbox ({exc})") from exc
+            self._inode = inode
+            await old.close()
 
 
 @asynccontextmanager
@@ -245,33 +306,69 @@ async def open_reader(path: Path) -> AsyncIterator[Reader]:
 
 
 @asynccontextmanager
-async def open_own_reader(path: Path) -> AsyncIterator[Reader]:
-    """Open *path* for the process that has it open to write already."""
-    async with _reader(path, immutable=False) as reader:
+async def open_own_reader(
+    path: Path, *, on_damage: Callable[[str], None] = lambda _: None
+) -> AsyncIterator[Reader]:
+    """Open *path* for the process that has it open to write already.
+
+    *on_damage* is told when a query meets damage.
+    """
+    async with _opening(path):
+        reader = _OwnReader(await _connect(path, immutable=False), path, on_damage)
+    try:
         yield reader
+    finally:
+        await reader.close()
 
 
 @asynccontextmanager
 async def _reader(path: Path, *, immutable: bool) -> AsyncIterator[Reader]:
-    options = "mode=ro&immutable=1" if immutable else "mode=ro"
-    uri = f"file:{quote(str(path))}?{options}"
+    async with _opening(path):
+        reader = Reader(await _connect(path, immutable=immutable), path)
     try:
-        async with aiosqlite.connect(uri, uri=True, isolation_level=None) as db:
-            ((version,),) = await db.execute_fetchall("PRAGMA user_version")
-            if version != schema.VERSION:
-                raise OutboxError(
-                    f"{path}: schema {version}, this version reads {schema.VERSION};"
-                    " start the agent of this version once, which migrates it"
-                )
-            try:
-                yield Reader(db, path)
-            finally:
-                await db.interrupt()  # nobody waits for a query that still runs
+        yield reader
+    finally:
+        await reader.close()
+
+
+@asynccontextmanager
+async def _opening(path: Path) -> AsyncIterator[None]:
+    try:
+        yield
     except sqlite3.Error as exc:
         raise OutboxError(
             f"{path}: cannot read the outbox ({exc}); run as the agent's user, as a member of its"
             " group, or as root, and check that the file is a tranthor-agent outbox"
         ) from exc
+
+
+async def _connect(path: Path, *, immutable: bool) -> aiosqlite.Connection:
+    options = "mode=ro&immutable=1" if immutable else "mode=ro"
+    db = await aiosqlite.connect(
+        f"file:{quote(str(path))}?{options}", uri=True, isolation_level=None
+    )
+    try:
+        await _require_current(db, path)
+    except BaseException:
+        await db.close()
+        raise
+    return db
+
+
+async def _require_current(db: aiosqlite.Connection, path: Path) -> None:
+    ((version,),) = await db.execute_fetchall("PRAGMA user_version")
+    if version != schema.VERSION:
+        raise OutboxError(
+            f"{path}: schema {version}, this version reads {schema.VERSION};"
+            " start the agent of this version once, which migrates it"
+        )
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def _bytes(path: Path) -> int | None:
@@ -285,6 +382,17 @@ def _bytes(path: Path) -> int | None:
             f"{path}: cannot be read ({exc.strerror}); run as the agent's user, as a member of its"
             " group, or as root"
         ) from exc
+
+
+def _ids(message_ids: tuple[str, ...]) -> dict[str, str]:
+    try:
+        id_hashes = [id_hash(message_id) for message_id in message_ids]
+    except UnicodeEncodeError as exc:
+        raise OutboxError(f"{exc.object!r}: not valid text, so no event has it") from exc
+    return {
+        "message_ids": msgspec.json.encode(message_ids).decode(),
+        "id_hashes": msgspec.json.encode(id_hashes).decode(),
+    }
 
 
 def _head(row: sqlite3.Row) -> Head:

@@ -87,6 +87,20 @@ class Ledger:
     paused: bool
 
 
+class Salvage(msgspec.Struct, frozen=True):
+    """What came of a damaged database, in events; *moved_to* is its file's name beside the outbox.
+
+    *lost* counts what its own books say was there and could not be read.
+    """
+
+    state: Literal["running", "done", "failed"]
+    moved_to: str
+    pending: int
+    dead: int
+    delivered: int
+    lost: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
     """Where one event stands. *settled_ms* is when it was delivered or set aside."""

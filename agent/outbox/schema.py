@@ -1,19 +1,24 @@
 """The tables, and how an older database becomes a current one.
 
     event     one row per known messageId: the idempotency memory and the state machine
+    known     finds an event by its messageId, through a hash of it (outbox.ids)
     pending   the queue: what the upstream does not have yet
     dead      dead letters, with the upstream's last answer
     ledger    one row of counters, whose CHECK is promise 2
+    salvage   one row per damaged database that was set aside (outbox.rescue), by its file's name
 
 An event's bytes live in `pending` or `dead` and go when it is delivered; its small row in
 `event` stays for `outbox.delivered_retention`. Rows leave `pending` at the front, so whole pages
 come free. `seq` is the order of acceptance; the writer assigns it from `ledger.last_seq`, never
 twice, so a reader's cursor cannot skip an event.
+
+An event is stored by writing at the end of two tables and in the ledger: nothing that is written
+for each event is ordered by anything random, or a backlog would slow down the intake.
 """
 
 from __future__ import annotations
 
-import aiosqlite
+import sqlite3
 
 _V1 = (
     """
@@ -80,7 +85,73 @@ _V1 = (
     """,
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1,)
+_V2 = (
+    """
+    CREATE TABLE known (
+        id_hash INTEGER NOT NULL,
+        seq     INTEGER NOT NULL,
+        PRIMARY KEY (id_hash, seq)
+    ) STRICT, WITHOUT ROWID
+    """,
+    """
+    INSERT INTO known (id_hash, seq)
+    SELECT id_hash(message_id), seq
+      FROM event
+     ORDER BY 1
+    """,
+    # The same without UNIQUE, whose index the newest ids would hit all over.
+    """
+    CREATE TABLE event_2 (
+        seq         INTEGER PRIMARY KEY,
+        message_id  TEXT    NOT NULL,
+        digest      BLOB    NOT NULL CHECK (length(digest) = 16),
+        state       TEXT    NOT NULL CHECK (state IN ('pending', 'dead', 'delivered')),
+        accepted_ms INTEGER NOT NULL,
+        settled_ms  INTEGER CHECK ((settled_ms IS NULL) = (state = 'pending'))
+    ) STRICT
+    """,
+    """
+    INSERT INTO event_2 (seq, message_id, digest, state, accepted_ms, settled_ms)
+    SELECT seq, message_id, digest, state, accepted_ms, settled_ms
+      FROM event
+    """,
+    """
+    DROP TABLE event
+    """,
+    """
+    ALTER TABLE event_2 RENAME TO event
+    """,
+    # Prunes what was remembered long enough (store.prune).
+    """
+    CREATE INDEX event_delivered ON event (settled_ms) WHERE state = 'delivered'
+    """,
+    # A user's events are found by walking the queue, where what is left of it is mostly theirs.
+    """
+    DROP INDEX pending_lane
+    """,
+    """
+    ALTER TABLE ledger
+      ADD COLUMN indexed_upto INTEGER NOT NULL DEFAULT 0
+                 CHECK (indexed_upto BETWEEN 0 AND last_seq)
+    """,
+    """
+    UPDATE ledger
+       SET indexed_upto = last_seq
+    """,
+    """
+    CREATE TABLE salvage (
+        name      TEXT    PRIMARY KEY,
+        state     TEXT    NOT NULL CHECK (state IN ('running', 'done', 'failed')),
+        found_ms  INTEGER NOT NULL,
+        pending   INTEGER NOT NULL DEFAULT 0 CHECK (pending >= 0),
+        dead      INTEGER NOT NULL DEFAULT 0 CHECK (dead >= 0),
+        delivered INTEGER NOT NULL DEFAULT 0 CHECK (delivered >= 0),
+        lost      INTEGER NOT NULL DEFAULT 0 CHECK (lost >= 0)
+    ) STRICT
+    """,
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2)
 """Statements that lead from user_version n to n + 1. Append only: databases in the field ran these."""
 
 VERSION = len(MIGRATIONS)
@@ -89,12 +160,15 @@ APPLICATION_ID = 0x54724167
 """Marks the file as ours ("TrAg"), for file(1) and against opening another program's database."""
 
 
-async def migrate(db: aiosqlite.Connection, found: int) -> None:
-    """Bring a database of user_version *found* to `VERSION`, one transaction a version."""
+def migrate(db: sqlite3.Connection, found: int) -> None:
+    """Bring a database of user_version *found* to `VERSION`, one transaction a version.
+
+    The statements may use the SQL function `id_hash`.
+    """
     for version in range(found, VERSION):
-        await db.execute("BEGIN IMMEDIATE")
+        db.execute("BEGIN IMMEDIATE")
         for statement in MIGRATIONS[version]:
-            await db.execute(statement)
-        await db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        await db.execute(f"PRAGMA user_version = {version + 1}")
-        await db.commit()
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {version + 1}")
+        db.commit()

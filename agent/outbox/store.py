@@ -1,18 +1,19 @@
 """The SQL verbs: each changes the rows and the ledger together, inside the writer's transaction.
 
 `Store` knows SQL and no policy: when to call a verb, and what a full disk means, is the writer's.
+It runs in the thread of the write connection (`Database.transact`).
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, assert_never
 
-import aiosqlite
-
 from agent.event import Event
-from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement
+from agent.outbox.ids import KnownIds
+from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State
 
 _LAST_SEQ = """
 SELECT last_seq
@@ -22,19 +23,19 @@ SELECT last_seq
 _INSERT_EVENT = """
 INSERT INTO event (seq, message_id, digest, state, accepted_ms)
 VALUES (:seq, :message_id, :digest, 'pending', :received_ms)
-    ON CONFLICT (message_id) DO NOTHING
-"""
-
-_INSERTED = """
-SELECT seq
-  FROM event
- WHERE seq BETWEEN :first AND :last
 """
 
 _DIGEST = """
 SELECT digest
   FROM event
- WHERE message_id = :message_id
+ WHERE seq = :seq
+"""
+
+_MESSAGE_ID = """
+SELECT message_id
+  FROM event
+ WHERE seq = :seq
+   AND state = :state
 """
 
 _INSERT_PENDING = """
@@ -64,10 +65,10 @@ UPDATE event
    AND state = 'pending'
 """
 
-_FORGET_PENDING = """
+_FORGET = """
 DELETE FROM event
  WHERE seq = :seq
-   AND state = 'pending'
+   AND state = :state
 """
 
 _COUNT_DELIVERED = """
@@ -153,12 +154,6 @@ UPDATE ledger
        pending  = pending + :n
 """
 
-_FORGET_DEAD = """
-DELETE FROM event
- WHERE seq = :seq
-   AND state = 'dead'
-"""
-
 _COUNT_DISCARDED_DEAD = """
 UPDATE ledger
    SET dead      = dead - :n,
@@ -189,16 +184,14 @@ SELECT seq
  WHERE queued_ms < :cutoff_ms
 """
 
-_PRUNE = """
-DELETE FROM event
- WHERE seq IN (SELECT seq
-                 FROM event
-                WHERE state = 'delivered'
-                  AND settled_ms < :cutoff_ms
-                ORDER BY settled_ms
-                LIMIT :limit)
+_DELIVERED_BEFORE = """
+SELECT seq
+  FROM event
+ WHERE state = 'delivered'
+   AND settled_ms < :cutoff_ms
+ ORDER BY settled_ms
+ LIMIT :limit
 """
-
 _PENDING = """
 SELECT pending
   FROM ledger
@@ -216,66 +209,84 @@ SELECT (SELECT page_count FROM pragma_page_count),
 """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """What the database takes, in bytes: *used* by something, *free* in pages that hold nothing."""
+
+    used: int
+    free: int
+
+
 class Store:
     """The verbs, on the one write connection. Each expects an open transaction."""
 
-    def __init__(self, db: aiosqlite.Connection, last_seq: int) -> None:
+    def __init__(self, db: sqlite3.Connection) -> None:
+        """Read what is kept in memory of a migrated database."""
         self._db = db
-        self._last_seq = last_seq
+        self.ids = KnownIds(db)
+        self.last_seq: int
+        """The highest seq ever given."""
+        ((self.last_seq,),) = self.fetch(_LAST_SEQ)
         self.withdrawn = 0
         """How many pending events were evicted or expired: whoever has read some must look again."""
 
-    @classmethod
-    async def on(cls, db: aiosqlite.Connection) -> Store:
-        """Return the store of a migrated database."""
-        rows = await _fetch(db, _LAST_SEQ)
-        return cls(db, rows[0][0])
+    def committed(self) -> None:
+        self.ids.committed()
 
-    async def append(self, events: Sequence[Event]) -> list[Appended]:
+    def rolled_back(self) -> None:
+        self.ids.rolled_back()
+
+    def append(self, events: Sequence[Event]) -> list[Appended]:
         """Queue the events whose ids are not known yet; return what became of each, in order."""
-        first, last = self._last_seq + 1, self._last_seq + len(events)
-        rows = [
-            {
-                "seq": seq,
-                "message_id": event.message_id,
-                "digest": event.digest,
-                "received_ms": event.received_ms,
-                "kind": event.kind,
-                "lane": event.lane,
-                "body": event.body,
-            }
-            for seq, event in enumerate(events, first)
-        ]
-        # Burnt even if the transaction fails: a seq is never given twice.
-        self._last_seq = last
-        results = [Appended.STORED] * len(events)
-        if await self._change_each(_INSERT_EVENT, rows) < len(rows):
-            inserted = {seq for (seq,) in await _fetch(self._db, _INSERTED, first=first, last=last)}
-            for i, row in enumerate(rows):
-                if row["seq"] not in inserted:
-                    results[i] = await self._known(events[i])
-            rows = [row for row in rows if row["seq"] in inserted]
-        await self._change_each(_INSERT_PENDING, rows)
-        await self._change(
+        known = self.ids.find([event.message_id for event in events])
+        digests: dict[int, bytes] = {}
+        rows: list[dict[str, Any]] = []
+        results: list[Appended] = []
+        for event in events:
+            seq = known.get(event.message_id)
+            if seq is not None:
+                same = event.digest == (digests.get(seq) or self._digest(seq))
+                results.append(Appended.REPLAYED if same else Appended.CONFLICTING)
+                continue
+            # Burnt even if the transaction fails: a seq is never given twice.
+            self.last_seq += 1
+            known[event.message_id] = self.last_seq
+            digests[self.last_seq] = event.digest
+            self.ids.add(event.message_id, self.last_seq)
+            results.append(Appended.STORED)
+            rows.append(
+                {
+                    "seq": self.last_seq,
+                    "message_id": event.message_id,
+                    "digest": event.digest,
+                    "received_ms": event.received_ms,
+                    "kind": event.kind,
+                    "lane": event.lane,
+                    "body": event.body,
+                }
+            )
+        self.change_each(_INSERT_EVENT, rows)
+        self.change_each(_INSERT_PENDING, rows)
+        self.change(
             _COUNT_APPENDED,
-            last_seq=last,
+            last_seq=self.last_seq,
             stored=len(rows),
             duplicates=len(events) - len(rows),
             conflicts=results.count(Appended.CONFLICTING),
         )
+        self.ids.merge()
         return results
 
-    async def _known(self, event: Event) -> Appended:
-        ((digest,),) = await _fetch(self._db, _DIGEST, message_id=event.message_id)
-        return Appended.REPLAYED if digest == event.digest else Appended.CONFLICTING
+    def _digest(self, seq: int) -> bytes:
+        ((digest,),) = self.fetch(_DIGEST, seq=seq)
+        return bytes(digest)
 
-    async def knows(self, event: Event) -> bool:
-        """Return whether the id is pending, dead or remembered as delivered."""
-        return bool(await _fetch(self._db, _DIGEST, message_id=event.message_id))
+    def knows_all(self, events: Sequence[Event]) -> bool:
+        """Return whether each id is pending, dead or remembered as delivered."""
+        message_ids = {event.message_id for event in events}
+        return len(self.ids.find(message_ids)) == len(message_ids)
 
-    async def settle(
-        self, settlements: Iterable[Settlement], *, now_ms: int, remember: bool
-    ) -> None:
+    def settle(self, settlements: Iterable[Settlement], *, now_ms: int, remember: bool) -> None:
         """Apply what the forwarder decided. Without *remember*, a delivered id is forgotten at once.
 
         An event that is no longer pending (evicted while it was sent) is passed over; an ack of
@@ -304,76 +315,77 @@ class Store:
                 case _:
                     assert_never(settlement)
         if acks:
-            await self._change_each(_DELETE_PENDING, acks)
-            delivered = await self._change_each(
-                _MARK_DELIVERED if remember else _FORGET_PENDING, acks
+            self.change_each(_DELETE_PENDING, acks)
+            delivered = (
+                self.change_each(_MARK_DELIVERED, acks)
+                if remember
+                else self._forget((ack["seq"] for ack in acks), "pending")
             )
-            await self._change(_COUNT_DELIVERED, n=delivered)
+            self.change(_COUNT_DELIVERED, n=delivered)
             if delivered < len(acks):
-                await self._ack_expired(acks, remember=remember)
+                self._ack_expired(acks, remember=remember)
         if retries:
-            await self._change_each(_COUNT_ATTEMPT, retries)
+            self.change_each(_COUNT_ATTEMPT, retries)
         if buries:
-            await self._bury(buries)
+            self._bury(buries)
 
-    async def _ack_expired(self, acks: list[dict[str, Any]], *, remember: bool) -> None:
+    def _ack_expired(self, acks: list[dict[str, Any]], *, remember: bool) -> None:
         """Count as delivered what expired while its request was under way."""
         for ack in acks:
-            if await self._change(_DELETE_EXPIRED, seq=ack["seq"]):
+            if self.change(_DELETE_EXPIRED, seq=ack["seq"]):
                 if remember:
-                    await self._change(_MARK_EXPIRED_DELIVERED, **ack)
+                    self.change(_MARK_EXPIRED_DELIVERED, **ack)
                 else:
-                    await self._change(_FORGET_DEAD, seq=ack["seq"])
-                await self._change(_COUNT_EXPIRED_DELIVERED)
+                    self._forget([ack["seq"]], "dead")
+                self.change(_COUNT_EXPIRED_DELIVERED)
 
-    async def _bury(self, rows: list[dict[str, Any]]) -> int:
-        await self._change_each(_INSERT_DEAD, rows)
-        await self._change_each(_DELETE_PENDING, rows)
-        buried = await self._change_each(_MARK_DEAD, rows)
-        await self._change(_COUNT_BURIED, n=buried)
+    def _bury(self, rows: list[dict[str, Any]]) -> int:
+        self.change_each(_INSERT_DEAD, rows)
+        self.change_each(_DELETE_PENDING, rows)
+        buried = self.change_each(_MARK_DEAD, rows)
+        self.change(_COUNT_BURIED, n=buried)
         return buried
 
-    async def requeue(self, seqs: Sequence[int], *, now_ms: int) -> int:
+    def requeue(self, seqs: Sequence[int], *, now_ms: int) -> int:
         """Put dead letters back, at the end of the queue in the order given; return how many."""
-        first = self._last_seq + 1
-        self._last_seq += len(seqs)
-        rows = [
-            {"seq": seq, "new_seq": new_seq, "now_ms": now_ms}
-            for new_seq, seq in enumerate(dict.fromkeys(seqs), first)
-        ]
-        requeued = await self._change_each(_MARK_REQUEUED, rows)
-        await self._change_each(_MOVE_REQUEUED, rows)
-        await self._change_each(_DELETE_DEAD, rows)
-        await self._change(_COUNT_REQUEUED, last_seq=self._last_seq, n=requeued)
-        return requeued
+        rows: list[dict[str, Any]] = []
+        for message_id, seq in self._message_ids(dict.fromkeys(seqs), "dead"):
+            self.last_seq += 1
+            self.ids.forget([(message_id, seq)])
+            self.ids.add(message_id, self.last_seq)
+            rows.append({"seq": seq, "new_seq": self.last_seq, "now_ms": now_ms})
+        self.change_each(_MARK_REQUEUED, rows)
+        self.change_each(_MOVE_REQUEUED, rows)
+        self.change_each(_DELETE_DEAD, rows)
+        self.change(_COUNT_REQUEUED, last_seq=self.last_seq, n=len(rows))
+        return len(rows)
 
-    async def discard(self, seqs: Sequence[int]) -> int:
+    def discard(self, seqs: Sequence[int]) -> int:
         """Delete dead letters for good; return how many."""
-        rows = [{"seq": seq} for seq in seqs]
-        discarded = await self._change_each(_FORGET_DEAD, rows)
-        await self._change_each(_DELETE_DEAD, rows)
-        await self._change(_COUNT_DISCARDED_DEAD, n=discarded)
+        discarded = self._forget(seqs, "dead")
+        self.change_each(_DELETE_DEAD, [{"seq": seq} for seq in seqs])
+        self.change(_COUNT_DISCARDED_DEAD, n=discarded)
         return discarded
 
-    async def evict(self, room_bytes: int, *, limit: int) -> int:
+    def evict(self, room_bytes: int, *, limit: int) -> int:
         """Discard the oldest pending, at most *limit*, until their bodies add up to *room_bytes*."""
-        rows: list[dict[str, Any]] = []
+        seqs: list[int] = []
         freed = 0
-        for seq, size in await _fetch(self._db, _OLDEST, limit=limit):
+        for seq, size in self.fetch(_OLDEST, limit=limit):
             if freed >= room_bytes:
                 break
-            rows.append({"seq": seq})
+            seqs.append(seq)
             freed += size
-        await self._change_each(_DELETE_PENDING, rows)
-        evicted = await self._change_each(_FORGET_PENDING, rows)
-        await self._change(_COUNT_EVICTED, n=evicted)
+        self.change_each(_DELETE_PENDING, [{"seq": seq} for seq in seqs])
+        evicted = self._forget(seqs, "pending")
+        self.change(_COUNT_EVICTED, n=evicted)
         self.withdrawn += evicted
         return evicted
 
-    async def expire(self, cutoff_ms: int, *, now_ms: int, limit: int) -> int:
+    def expire(self, cutoff_ms: int, *, now_ms: int, limit: int) -> int:
         """Set aside those of the oldest *limit* pending that were queued before *cutoff_ms*."""
-        seqs = await _fetch(self._db, _EXPIRED, cutoff_ms=cutoff_ms, limit=limit)
-        expired = await self._bury(
+        seqs = self.fetch(_EXPIRED, cutoff_ms=cutoff_ms, limit=limit)
+        expired = self._bury(
             [
                 {
                     "seq": seq,
@@ -389,43 +401,50 @@ class Store:
         self.withdrawn += expired
         return expired
 
-    async def pending(self) -> int:
+    def pending(self) -> int:
         """Return how many events are pending."""
-        ((pending,),) = await _fetch(self._db, _PENDING)
+        ((pending,),) = self.fetch(_PENDING)
         return pending  # type: ignore[no-any-return]
 
-    async def prune(self, cutoff_ms: int, *, limit: int) -> int:
+    def prune(self, cutoff_ms: int, *, limit: int) -> int:
         """Forget at most *limit* ids that were delivered before *cutoff_ms*; return how many."""
-        return await self._change(_PRUNE, cutoff_ms=cutoff_ms, limit=limit)
+        seqs = [seq for (seq,) in self.fetch(_DELIVERED_BEFORE, cutoff_ms=cutoff_ms, limit=limit)]
+        return self._forget(seqs, "delivered")
 
-    async def set_paused(self, paused: bool) -> None:
-        await self._change(_SET_PAUSED, paused=paused)
+    def _forget(self, seqs: Iterable[int], state: State) -> int:
+        """Forget the events among *seqs* that are in *state*; return how many."""
+        ids = self._message_ids(seqs, state)
+        self.ids.forget(ids)
+        return self.change_each(_FORGET, [{"seq": seq, "state": state} for _, seq in ids])
 
-    async def space(self) -> tuple[int, int]:
-        """Return the bytes of the database that hold something, and those of its free pages."""
-        ((pages, free, page_bytes),) = await _fetch(self._db, _PAGES)
-        return (pages - free) * page_bytes, free * page_bytes
+    def _message_ids(self, seqs: Iterable[int], state: State) -> list[tuple[str, int]]:
+        return [
+            (message_id, seq)
+            for seq in seqs
+            for (message_id,) in self.fetch(_MESSAGE_ID, seq=seq, state=state)
+        ]
 
-    async def free_pages(self) -> int:
-        """Return how many pages of the file hold nothing."""
-        ((_, free, _),) = await _fetch(self._db, _PAGES)
-        return free  # type: ignore[no-any-return]
+    def set_paused(self, paused: bool) -> None:
+        self.change(_SET_PAUSED, paused=paused)
 
-    async def vacuum(self, pages: int) -> None:
-        """Give up to *pages* free pages back to the filesystem.
+    def space(self) -> Space:
+        """Return what the database takes."""
+        ((pages, free, page_bytes),) = self.fetch(_PAGES)
+        return Space(used=(pages - free) * page_bytes, free=free * page_bytes)
 
-        By a script, which steps the pragma to its end and commits first; `execute` frees one page.
-        """
-        await self._db.executescript(f"PRAGMA incremental_vacuum({pages:d})")
+    def vacuum(self, max_bytes: int) -> None:
+        """Give up to *max_bytes* of free pages back to the filesystem."""
+        ((_, free, page_bytes),) = self.fetch(_PAGES)
+        # By a script, which steps the pragma to its end and commits first: `execute` frees one page.
+        self._db.executescript(f"PRAGMA incremental_vacuum({min(free, max_bytes // page_bytes):d})")
 
-    async def _change(self, sql: str, **values: Any) -> int:
-        return (await self._db.execute(sql, values)).rowcount
+    def change(self, sql: str, **values: Any) -> int:
+        return self._db.execute(sql, values).rowcount
 
-    async def _change_each(self, sql: str, rows: list[dict[str, Any]]) -> int:
+    def change_each(self, sql: str, rows: list[dict[str, Any]]) -> int:
         if not rows:
             return 0
-        return (await self._db.executemany(sql, rows)).rowcount
+        return self._db.executemany(sql, rows).rowcount
 
-
-async def _fetch(db: aiosqlite.Connection, sql: str, **values: Any) -> list[sqlite3.Row]:
-    return list(await db.execute_fetchall(sql, values))
+    def fetch(self, sql: str, **values: Any) -> list[Any]:
+        return self._db.execute(sql, values).fetchall()

@@ -20,11 +20,11 @@ INTERVAL_S = 30.0
 _ROWS = 500
 """Rows of one transaction."""
 
-_KEPT_PAGES = 1024
-"""Free pages (4 MiB) that stay for the next events: the file need not shrink and grow all day."""
+_KEPT_BYTES = 4 * 1024 * 1024
+"""Free pages that stay for the next events: the file need not shrink and grow all day."""
 
-_VACUUM_PAGES = 256
-"""Pages given back in one transaction."""
+_VACUUM_BYTES = 1024 * 1024
+"""Bytes given back in one transaction."""
 
 log = structlog.get_logger()
 
@@ -57,9 +57,9 @@ async def tend(writer: Writer, clock: Clock, retention: Retention) -> None:
     cutoff_ms = now_ms - int(retention.delivered_s * 1000)
     while await writer.perform(lambda store: store.prune(cutoff_ms, limit=_ROWS)) == _ROWS:
         pass
-    free = await writer.perform(lambda store: store.free_pages())
-    for _ in range(0, free - _KEPT_PAGES, _VACUUM_PAGES):
-        await writer.perform(lambda store: store.vacuum(_VACUUM_PAGES))
+    space = await writer.perform(lambda store: store.space())
+    for _ in range(0, space.free - _KEPT_BYTES, _VACUUM_BYTES):
+        await writer.perform(lambda store: store.vacuum(_VACUUM_BYTES))
 
 
 async def _expire(writer: Writer, now_ms: int, *, cutoff_ms: int) -> int:

@@ -1,21 +1,23 @@
-"""The one connection that writes: group commit, backpressure, quota, and recovery from I/O faults.
+"""Group commit, backpressure, and recovery from I/O faults: all that is written comes through here.
 
 Callers hand in events and settlements and await the commit that holds them. The next transaction
 is whatever queued while the last one synced; no timer. Everything else (requeue, prune, pause …)
 is a verb of the store, run in a transaction of its own between two groups.
 
     append ─┐                    ┌─ BEGIN IMMEDIATE
-    settle ─┼─▶ queue ─▶ take ──▶│  settle · evict · append     ─▶ fsync ─▶ futures resolve
+    settle ─┼─▶ queue ─▶ take ──▶│  settle · admit · append     ─▶ fsync ─▶ futures resolve
     perform ┘   bounded          └─ COMMIT
 
 What a failed transaction means:
 
 | fault                    | appends                   | settlements               | the connection    |
 | ------------------------ | ------------------------- | ------------------------- | ----------------- |
-| disk or quota full       | OutboxFullError           | alone, in their own one   | stays             |
-| I/O, corruption, any other | OutboxUnavailableError  | kept, applied after it    | reopened, checked |
+| disk full                | OutboxFullError           | alone, in their own one   | stays             |
+| I/O, any other           | OutboxUnavailableError    | kept, applied after it    | reopened, checked |
+| damage                   | OutboxUnavailableError    | kept, applied after it    | to a new database |
 
-After a failed sync a row may still be there: the app retries with the same messageId.
+After a failed sync a row may still be there: the app retries with the same messageId. A damaged
+database is set aside, and what can be read of it comes back by `agent.outbox.rescue`.
 """
 
 from __future__ import annotations
@@ -23,27 +25,30 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import aiosqlite
 import structlog
 
 from agent.clock import Clock
 from agent.errors import (
+    OutboxDamagedError,
     OutboxError,
     OutboxFullError,
     OutboxOverloadedError,
     OutboxUnavailableError,
 )
 from agent.event import Event
-from agent.outbox import database, lock
+from agent.outbox import aside, database, lock, restore
+from agent.outbox.database import Database
 from agent.outbox.records import Appended, Settlement
-from agent.outbox.reserve import Reserve
+from agent.outbox.room import Policy, Room
 from agent.outbox.store import Store
+
+__all__ = ["Policy", "Writer", "open_writer"]
 
 T = TypeVar("T")
 
@@ -56,18 +61,13 @@ QUEUE_BYTES = 64 * 1024 * 1024
 GROUP_BYTES = 4 * 1024 * 1024
 """Bytes of one transaction: bounds the write-ahead log and the wait of the last one in it."""
 
-_ROW_OVERHEAD_BYTES = 256
-"""What an event takes beside its body: id, index entries, page slack. Corrected after each commit."""
-
-_BARE_BYTES = 40 * 1024
-"""What an outbox without events takes; an event that does not fit beside it never will."""
-
-_EVICT_LIMIT = 10_000
-_PRUNE_LIMIT = 1_000
-"""Rows evicted and ids forgotten in one transaction at most, to keep it short."""
-
 _SHORT_SETTLES = 4
 """Settlements in one transaction on a disk without room: at 5 MiB an event a few MiB of log."""
+
+_SEQS_A_MS = 12
+_SEQS_A_SET = 44
+"""A database that replaces a damaged one gives seqs above all that the damaged one can have given:
+as if 2^12 events came each millisecond since 1970 or, where the clock is wrong, 2^44 in each."""
 
 _DISK_FULL_INTERVAL_S = 1.0
 """How long settlements that do not fit on the disk wait before the next try."""
@@ -78,23 +78,11 @@ _REOPEN_INTERVAL_S = 1.0
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """What the operator configured. *max_bytes* bounds the database; *remember* keeps delivered ids."""
-
-    max_bytes: int
-    evicts: bool
-    remember: bool
-
-
 @dataclass(slots=True)
 class _Append:
     events: Sequence[Event]
+    body_bytes: int
     done: asyncio.Future[list[Appended]]
-
-    @property
-    def body_bytes(self) -> int:
-        return sum(len(event.body) for event in self.events)
 
 
 @dataclass(slots=True)
@@ -105,25 +93,29 @@ class _Settle:
 
 @dataclass(slots=True)
 class _Perform(Generic[T]):
-    verb: Callable[[Store], Awaitable[T]]
+    verb: Callable[[Store], T]
     done: asyncio.Future[T]
 
 
 class Writer:
     """The open outbox, to write to. Made by `open_writer`."""
 
-    def __init__(self, path: Path, policy: Policy, clock: Clock) -> None:
+    def __init__(self, path: Path, policy: Policy, clock: Clock, owned: lock.Ownership) -> None:
         self.path = path
         self.fault: str | None = None
         """Why nothing can be written right now, for `status`; None while all is well."""
-        self.full: str | None = None
-        """Why the last event was refused for want of room; None once one was stored again."""
         self.appended = asyncio.Event()
         """Set at each commit that made events pending; whoever waits for it clears it."""
         self.commits = 0
         """Transactions committed so far: the writer's progress, for the watchdog."""
+        self.unsalvaged: list[str] = []
+        """Damaged databases set aside whose events are still to come back: nothing overtakes them."""
+        self.damaged = asyncio.Event()
+        """Set when there is something to salvage."""
+        self._owned = owned
         self._policy = policy
         self._clock = clock
+        self._room = Room(path, policy, clock)
         self._appends: deque[_Append] = deque()
         self._settles: deque[_Settle] = deque()
         self._performs: deque[_Perform[Any]] = deque()
@@ -132,35 +124,34 @@ class Writer:
         self._wake = asyncio.Event()
         self._stopping = False
         self._busy = False
-        self._db: aiosqlite.Connection | None = None
-        self._store: Store | None = None
-        self._used_bytes = 0
-        self._free_bytes = 0
-        self._reserve = Reserve(path, max_bytes=policy.max_bytes)
+        self._damage: str | None = None
+        self._db: Database | None = None
 
     # --- what callers ask ---
 
-    async def append(self, events: Sequence[Event]) -> list[Appended]:
-        """Store *events* in one transaction; return what became of each once that is synced.
+    def append(self, events: Sequence[Event]) -> asyncio.Future[list[Appended]]:
+        """Store *events* in one transaction; the future says what became of each once that is synced.
 
-        Raises `OutboxOverloadedError`, `OutboxFullError` or `OutboxUnavailableError`.
+        Raises `OutboxOverloadedError` or `OutboxUnavailableError`; the future may raise these and
+        `OutboxFullError`.
         """
         if self.fault is not None:
             raise OutboxUnavailableError(self.fault)
-        job = _Append(events, asyncio.get_running_loop().create_future())
+        body_bytes = sum(len(event.body) for event in events)
         if (
             self._queued_events + len(events) > QUEUE_EVENTS
-            or self._queued_bytes + job.body_bytes > QUEUE_BYTES
+            or self._queued_bytes + body_bytes > QUEUE_BYTES
         ):
             raise OutboxOverloadedError(
                 f"{self._queued_events} events wait to be stored already"
                 f" (at most {QUEUE_EVENTS}, {QUEUE_BYTES} bytes); send again shortly"
             )
+        job = _Append(events, body_bytes, asyncio.get_running_loop().create_future())
         self._queued_events += len(events)
-        self._queued_bytes += job.body_bytes
+        self._queued_bytes += body_bytes
         self._appends.append(job)
         self._wake.set()
-        return await job.done
+        return job.done
 
     def settle(self, settlement: Settlement) -> asyncio.Future[None]:
         """Record what became of an attempt; the future resolves when that is synced."""
@@ -169,8 +160,8 @@ class Writer:
         self._wake.set()
         return job.done
 
-    async def perform(self, verb: Callable[[Store], Awaitable[T]]) -> T:
-        """Run *verb* in a transaction of its own. Raises as `append` does."""
+    async def perform(self, verb: Callable[[Store], T]) -> T:
+        """Run *verb* in a transaction of its own, in the database's thread. Raises as `append` does."""
         if self.fault is not None:
             raise OutboxUnavailableError(self.fault)
         job: _Perform[Any] = _Perform(verb, asyncio.get_running_loop().create_future())
@@ -180,10 +171,37 @@ class Writer:
         return result
 
     @property
+    def full(self) -> str | None:
+        """Why the last event was refused for want of room; None once one was stored again."""
+        return self._room.full
+
+    @property
     def backlogged(self) -> bool:
         """Whether something waits that could be written: without a fault, `commits` then grows."""
-        waiting = self._busy or self._appends or self._settles or self._performs
-        return self.fault is None and bool(waiting)
+        return self.fault is None and (self._busy or self._waiting())
+
+    def _waiting(self) -> bool:
+        return bool(self._appends or self._settles or self._performs)
+
+    @property
+    def withdrawn(self) -> int:
+        """How many pending events were evicted or expired since the outbox was opened."""
+        return 0 if self._db is None else self._db.withdrawn
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the database in use, after the last commit."""
+        return 0 if self._db is None else self._db.space.used
+
+    def suspect(self, damage: str) -> None:
+        """A reader met damage: begin anew with an empty database, and salvage the damaged one."""
+        self._damage = damage
+        self._wake.set()
+
+    def salvaged(self, name: str) -> None:
+        """Nothing more comes out of the damaged database *name*."""
+        self.unsalvaged = [other for other in self.unsalvaged if other != name]
+        self.appended.set()
 
     def stop(self) -> None:
         """Let `run` end once what is queued was committed. Never cancel it: its thread goes on."""
@@ -197,8 +215,10 @@ class Writer:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self.fault is not None or self._appends or self._settles or self._performs:
-                if self.fault is None:
+            while self.fault is not None or self._damage is not None or self._waiting():
+                if self.fault is None and self._damage is not None:
+                    self._break(self._damage)
+                elif self.fault is None:
                     await self._turn()
                     self._busy = False
                 elif self._stopping:
@@ -216,7 +236,7 @@ class Writer:
         self._busy = True
         if appends or settles:
             await self._commit_group(appends, settles)
-        if settles and not self._reserve.held:
+        if settles and not self._room.reserve.held:
             await self._checkpoint()
         while self._performs and self.fault is None:
             await self._commit_verb(self._performs.popleft())
@@ -234,52 +254,62 @@ class Writer:
 
     def _take_settles(self) -> list[_Settle]:
         """Take all, or few on a disk without room: to delete large events fills the log, too."""
-        limit = len(self._settles) if self._reserve.held else _SHORT_SETTLES
+        limit = len(self._settles) if self._room.reserve.held else _SHORT_SETTLES
         return [self._settles.popleft() for _ in range(min(limit, len(self._settles)))]
 
     async def _checkpoint(self) -> None:
         """Empty the log into the database, so that it need not grow; a failure shows at the next write."""
         with suppress(sqlite3.Error):
-            await self._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+            await self._database.checkpoint()
 
     async def _commit_group(self, appends: list[_Append], settles: list[_Settle]) -> None:
+        calls = [job.events for job in appends]
+        settlements = [job.settlement for job in settles]
         try:
-            if not self._reserve.held:
-                appends = self._admit_into_free_pages(appends)
-            if self._over_quota(appends) > 0:
-                # They make room, so they go first and alone.
-                await self._commit([], settles)
-                settles = []
-                appends = await self._admit(appends)
-            await self._commit(appends, settles)
+            results = await self._transact(lambda store: self._apply(store, calls, settlements))
         except sqlite3.Error as exc:
             self._settles.extendleft(reversed(settles))
-            if not _is_full(exc):
-                self._break(exc)
+            if not database.is_full(exc):
+                self._fault(exc)
                 _fail(appends, OutboxUnavailableError(self.fault))
             elif appends:
                 # The settlements are tried again without them.
-                _fail(appends, self._disk_full())
+                _fail(appends, self._room.disk_full())
             else:
                 await self._wait_for_disk()
+        else:
+            _answer(appends, results)
+            for settle in settles:
+                _resolve(settle.done, None)
+            if any(isinstance(result, list) and Appended.STORED in result for result in results):
+                self._room.full = None
+                self.appended.set()
 
-    async def _commit(self, appends: list[_Append], settles: list[_Settle]) -> None:
-        """Commit a group and answer those who wait for it."""
-        if not appends and not settles:
-            return
-        results = await self._transact(appends, settles)
-        for job, result in zip(appends, results, strict=True):
-            _resolve(job.done, result)
-        for settle in settles:
-            _resolve(settle.done, None)
-        if any(Appended.STORED in result for result in results):
-            self.full = None
-            self.appended.set()
+    def _apply(
+        self, store: Store, calls: list[Sequence[Event]], settlements: list[Settlement]
+    ) -> list[list[Appended] | OutboxFullError]:
+        """Carry out a group; return what became of each call's events, or why it was refused."""
+        if settlements:
+            store.settle(settlements, now_ms=self._clock.wall_ms(), remember=self._policy.remember)
+        if not calls:
+            return []
+        refusals = self._room.admit(store, calls)
+        admitted = [
+            event
+            for events, refusal in zip(calls, refusals, strict=True)
+            if refusal is None
+            for event in events
+        ]
+        outcomes = iter(store.append(admitted) if admitted else ())
+        return [
+            [next(outcomes) for _ in events] if refusal is None else refusal
+            for events, refusal in zip(calls, refusals, strict=True)
+        ]
 
     async def _wait_for_disk(self) -> None:
         """Settlements do not fit on the disk: use the reserve, or wait for room."""
-        self._disk_full()
-        if self._reserve.release():
+        self._room.disk_full()
+        if self._room.reserve.release():
             log.warning("outbox.reserve_released", path=str(self.path))
             await self._checkpoint()
         elif self._stopping:
@@ -287,179 +317,105 @@ class Writer:
         else:
             await asyncio.sleep(_DISK_FULL_INTERVAL_S)
 
-    def _admit_into_free_pages(self, appends: list[_Append]) -> list[_Append]:
-        """Return the appends that fit without growing the file, unless the reserve is held again."""
-        if not appends or self._reserve.keep():
-            return appends
-        admitted: list[_Append] = []
-        room = self._free_bytes // 2
-        for job in appends:
-            if _footprint(job) <= room:
-                room -= _footprint(job)
-                admitted.append(job)
-            else:
-                _reject(job.done, self._disk_full())
-        return admitted
-
-    async def _transact(
-        self, appends: list[_Append], settles: list[_Settle]
-    ) -> list[list[Appended]]:
-        async with self._transaction() as store:
-            if settles:
-                await store.settle(
-                    [job.settlement for job in settles],
-                    now_ms=self._clock.wall_ms(),
-                    remember=self._policy.remember,
-                )
-            outcomes = iter(
-                await store.append([event for job in appends for event in job.events])
-                if appends
-                else ()
-            )
-        return [[next(outcomes) for _ in job.events] for job in appends]
-
     async def _commit_verb(self, job: _Perform[Any]) -> None:
         try:
-            async with self._transaction() as store:
-                result = await job.verb(store)
+            result = await self._transact(job.verb)
         except sqlite3.Error as exc:
-            if _is_full(exc):
-                _reject(job.done, self._disk_full())
+            if database.is_full(exc):
+                _reject(job.done, self._room.disk_full())
             else:
-                self._break(exc)
+                self._fault(exc)
                 _reject(job.done, OutboxUnavailableError(self.fault))
         else:
             _resolve(job.done, result)
             self.appended.set()  # a requeue makes events pending, too
 
-    @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[Store]:
-        """Commit what the block did, or roll it back."""
-        db = self._connection
-        if self._store is None:
-            raise AssertionError("a connection without its store")
-        await db.execute("BEGIN IMMEDIATE")
+    async def _transact(self, verb: Callable[[Store], T]) -> T:
         try:
-            yield self._store
-            self._used_bytes, self._free_bytes = await self._store.space()
-            await db.commit()
-        except BaseException:  # when cancelled, too: the next BEGIN must find no transaction
-            if db.in_transaction:
-                await db.rollback()
+            result = await self._database.transact(verb)
+        except BaseException:
+            self._room.rolled_back()
             raise
         self.commits += 1
-
-    # --- the quota ---
-
-    def _over_quota(self, appends: list[_Append]) -> int:
-        """Return by how many bytes the outbox would outgrow its quota."""
-        if not appends:
-            return 0
-        return self._used_bytes + sum(map(_footprint, appends)) - self._policy.max_bytes
-
-    async def _admit(self, appends: list[_Append]) -> list[_Append]:
-        """Make room as far as the policy lets, and return the appends that fit; refuse the others."""
-        possible = [
-            job for job in appends if _footprint(job) + _BARE_BYTES <= self._policy.max_bytes
-        ]
-        while (over := self._over_quota(possible)) > 0 and await self._make_room(over):
-            pass
-        admitted: list[_Append] = []
-        room = self._policy.max_bytes - self._used_bytes
-        for job in appends:
-            if _footprint(job) <= room:
-                room -= _footprint(job)
-                admitted.append(job)
-            elif await self._knows(job):  # a replay takes no room, and is answered as ever
-                admitted.append(job)
-            else:
-                self.full = (
-                    f"the outbox holds {self._used_bytes} of {self._policy.max_bytes} bytes"
-                    " (outbox.max_size); it takes events again when some were delivered or"
-                    " discarded"
-                )
-                _reject(job.done, OutboxFullError(self.full))
-        return admitted
-
-    async def _knows(self, job: _Append) -> bool:
-        if self._store is None:
-            raise AssertionError("a connection without its store")
-        for event in job.events:
-            if not await self._store.knows(event):
-                return False
-        return True
-
-    async def _make_room(self, room_bytes: int) -> int:
-        """Discard the oldest pending events, if that is the policy; return how many rows went.
-
-        The oldest delivered ids are forgotten, too; without that policy only when nothing is
-        pending, for then nothing else would ever make room.
-        """
-        forgotten = evicted = 0
-        async with self._transaction() as store:
-            if self._policy.evicts or not await store.pending():
-                forgotten = await store.prune(self._clock.wall_ms(), limit=_PRUNE_LIMIT)
-            if self._policy.evicts:
-                evicted = await store.evict(room_bytes, limit=_EVICT_LIMIT)
-        if evicted:
-            log.warning("outbox.events_evicted", events=evicted, max_bytes=self._policy.max_bytes)
-        if forgotten:
-            log.warning("outbox.delivered_ids_forgotten", ids=forgotten, why="outbox full")
-        return forgotten + evicted
-
-    def _disk_full(self) -> OutboxFullError:
-        self.full = f"{self.path.parent}: no space left on the disk; free some"
-        return OutboxFullError(self.full)
+        self._room.committed()
+        return result
 
     # --- the connection ---
 
     @property
-    def _connection(self) -> aiosqlite.Connection:
+    def _database(self) -> Database:
         if self._db is None:
             raise AssertionError("the writer is used outside its life")
         return self._db
 
-    @property
-    def withdrawn(self) -> int:
-        """How many pending events were evicted or expired since the outbox was opened."""
-        return 0 if self._store is None else self._store.withdrawn
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the database in use, after the last commit."""
-        return self._used_bytes
-
     async def open(self) -> None:
-        """Open, recover and migrate the database. Raises `OutboxError` if it cannot be used."""
-        db = await database.connect(self.path)
-        try:
-            store = await Store.on(db)
-            self._used_bytes, self._free_bytes = await store.space()
-        except sqlite3.Error as exc:
-            await db.close()
+        """Open, recover and migrate the database. Raises `OutboxError` if it cannot be used.
+
+        A damaged one of ours is set aside, and a new one begun.
+        """
+        damage, self._damage = self._damage, None
+        if damage is None:
+            try:
+                self._db = await database.connect(self.path)
+            except OutboxDamagedError as exc:
+                damage = str(exc)
+        if damage is not None:
+            self._db = await self._begin_anew(damage)
+        self._owned.prove()
+        await self._note_sets()
+        self._room.reserve.keep()
+
+    async def _note_sets(self) -> None:
+        """Find out which damaged databases beside this one are still to be salvaged."""
+        now_ms = self._clock.wall_ms()
+        names = aside.sets_beside(self.path)
+        self.unsalvaged = await self._database.transact(
+            lambda store: restore.note_sets(store, names, now_ms=now_ms)
+        )
+        if self.unsalvaged:
+            self.damaged.set()
+
+    async def _begin_anew(self, damage: str) -> Database:
+        if not self._owned.proven:
             raise OutboxError(
-                f"{self.path}: damaged ({exc}); move it aside together with its -wal and -shm"
-                " files: the agent then starts with a new one"
+                f"{damage}; it was never a tranthor-agent outbox, so it is left alone:"
+                " set outbox.path to a file of its own"
+            )
+        now_ms = self._clock.wall_ms()
+        floor = max(now_ms << _SEQS_A_MS, len(aside.sets_beside(self.path)) + 1 << _SEQS_A_SET)
+        try:
+            name = aside.set_aside(self.path, now_ms)
+        except OSError as exc:
+            raise OutboxError(
+                f"{damage}; it cannot be moved aside ({exc.strerror}): move it, its -wal and its"
+                " -shm file by hand"
             ) from exc
-        self._db, self._store = db, store
-        self._reserve.keep()
+        log.error("outbox.set_aside", path=str(self.path), moved_to=name, damage=damage)
+        db = await database.connect(self.path)
+        await db.transact(lambda store: restore.start_above(store, floor))
+        return db
 
     async def close(self) -> None:
         """Checkpoint and close; what is committed stays whatever happens here."""
-        db, self._db, self._store = self._db, None, None
+        db, self._db = self._db, None
         if db is not None:
             try:
-                await db.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+                await db.checkpoint()
             except sqlite3.Error as exc:
                 log.warning("outbox.checkpoint_failed", path=str(self.path), error=str(exc))
             finally:
                 await db.close()
-                self._reserve.release()
+                self._room.reserve.release()
 
-    def _break(self, exc: sqlite3.Error) -> None:
+    def _fault(self, exc: sqlite3.Error) -> None:
+        if database.is_damage(exc):
+            self._damage = f"{self.path}: damaged ({exc})"
+        self._break(f"{self.path}: {exc} ({getattr(exc, 'sqlite_errorname', 'SQLITE_ERROR')})")
+
+    def _break(self, why: str) -> None:
         """Stop acknowledging: after a failed write or sync this connection's word means nothing."""
-        self.fault = f"{self.path}: {exc} ({getattr(exc, 'sqlite_errorname', 'SQLITE_ERROR')})"
-        log.error("outbox.failed", path=str(self.path), error=str(exc))
+        self.fault = why
+        log.error("outbox.failed", path=str(self.path), error=why)
         _fail(self._appends, OutboxUnavailableError(self.fault))
         self._appends.clear()
         self._queued_events = self._queued_bytes = 0
@@ -468,7 +424,7 @@ class Writer:
 
     async def _reopen(self) -> None:
         """Try once to get a sound connection; `fault` stays while there is none."""
-        db, self._db, self._store = self._db, None, None
+        db, self._db = self._db, None
         try:
             if db is not None:
                 await db.close()
@@ -501,8 +457,8 @@ async def open_writer(path: Path, policy: Policy, clock: Clock) -> AsyncIterator
             f"{path.parent}: cannot create the outbox folder ({exc.strerror});"
             " set outbox.path to a place this user may write to"
         ) from exc
-    async with lock.exclusive(path):
-        writer = Writer(path, policy, clock)
+    async with lock.exclusive(path) as owned:
+        writer = Writer(path, policy, clock, owned)
         await writer.open()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -517,13 +473,12 @@ async def open_writer(path: Path, policy: Policy, clock: Clock) -> AsyncIterator
             await writer.close()
 
 
-def _is_full(exc: sqlite3.Error) -> bool:
-    code = getattr(exc, "sqlite_errorcode", None)
-    return code is not None and code & 0xFF == sqlite3.SQLITE_FULL
-
-
-def _footprint(job: _Append) -> int:
-    return job.body_bytes + len(job.events) * _ROW_OVERHEAD_BYTES
+def _answer(jobs: list[_Append], results: list[list[Appended] | OutboxFullError]) -> None:
+    for job, result in zip(jobs, results, strict=True):
+        if isinstance(result, OutboxFullError):
+            _reject(job.done, result)
+        else:
+            _resolve(job.done, result)
 
 
 def _fail(jobs: Iterable[_Append], exc: OutboxError) -> None:

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import aiosqlite
-
 from agent.__main__ import main
 from agent.event import Event
 from agent.outbox import database
+from agent.outbox.database import Database
 from agent.outbox.records import Appended
 from agent.outbox.writer import Writer
 
@@ -26,9 +25,9 @@ def synchronous_normal() -> None:
     """Commit without a sync: kept by a process that dies, lost by a machine that does."""
     connect = database.connect
 
-    async def connect_carelessly(path: Path) -> aiosqlite.Connection:
+    async def connect_carelessly(path: Path) -> Database:
         db = await connect(path)
-        await db.execute_fetchall("PRAGMA synchronous = NORMAL")
+        await db._connection.execute_fetchall("PRAGMA synchronous = NORMAL")
         return db
 
     database.connect = connect_carelessly
@@ -37,13 +36,12 @@ def synchronous_normal() -> None:
 def answer_before_commit() -> None:
     """Answer 204 once the event is queued."""
     append = Writer.append
-    unfinished: set[asyncio.Task[list[Appended]]] = set()
 
-    async def append_some_day(self: Writer, events: Sequence[Event]) -> list[Appended]:
-        task = asyncio.get_running_loop().create_task(append(self, events))
-        unfinished.add(task)
-        task.add_done_callback(unfinished.discard)
-        return [Appended.STORED] * len(events)
+    def append_some_day(self: Writer, events: Sequence[Event]) -> asyncio.Future[list[Appended]]:
+        append(self, events)
+        answered = asyncio.get_running_loop().create_future()
+        answered.set_result([Appended.STORED] * len(events))
+        return answered
 
     Writer.append = append_some_day  # type: ignore[method-assign]
 

@@ -98,6 +98,9 @@ def flaws(outbox: Path) -> list[str]:
             "SELECT accepted, delivered, pending, dead, discarded FROM ledger"
         ).fetchone()
         (queued,) = db.execute("SELECT COUNT(*) FROM pending").fetchone()
+        (twice,) = db.execute("SELECT COUNT(*) - COUNT(DISTINCT message_id) FROM event").fetchone()
+    if twice:
+        found.append(f"{twice} ids are there twice")
     if accepted != delivered + pending + dead + discarded:
         found.append(f"{accepted=} is not {delivered=} + {pending=} + {dead=} + {discarded=}")
     if not pending == queued == counted.get("pending", 0):

@@ -1,0 +1,87 @@
+"""What becomes of a damaged database: set aside at once, read in the background, never deleted.
+
+    outbox.db, -wal  ──set_aside──▶  outbox.db.damaged-<Unix ms>, -wal
+                                            │ survey (agent.outbox.salvage)
+    a new outbox.db, taking events  ◀───────┘ restore, in order of acceptance
+
+Nothing is forwarded until that is done: a user's salvaged events come before what was accepted
+since. The table `salvage` remembers each set by its name, so that one is read again if the agent
+ends in the middle, and not once it is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+
+import structlog
+
+from agent.errors import OutboxError, OutboxUnavailableError
+from agent.outbox import restore
+from agent.outbox.salvage import Survivor, survey
+from agent.outbox.writer import Writer
+
+_CHUNK_BYTES = 512 * 1024
+_CHUNK_ROWS = 512
+"""Bodies and rows restored in one transaction, so that events are stored in between."""
+
+_RETRY_S = 1.0
+"""How long an outbox that failed meanwhile is left alone."""
+
+log = structlog.get_logger()
+
+
+async def salvage_damaged(writer: Writer) -> None:
+    """Salvage what was set aside, now and whenever it happens, until cancelled."""
+    while True:
+        await writer.damaged.wait()
+        writer.damaged.clear()
+        for name in writer.unsalvaged:
+            await _salvage(writer, name)
+
+
+async def _salvage(writer: Writer, name: str) -> None:
+    try:
+        counts = await _read_back(writer, name)
+    except Exception:
+        # Whatever it was, a bug in the reading of strange bytes, too: the agent has to run on. The
+        # set stays where it is, and the next start tries again; to wait here would hold delivery.
+        log.exception("outbox.salvage_failed", moved_to=name)
+        with suppress(OutboxError):
+            await writer.perform(lambda store: restore.give_up(store, name))
+    else:
+        log.warning("outbox.salvaged", moved_to=name, **counts)
+    writer.salvaged(name)
+
+
+async def _read_back(writer: Writer, name: str) -> dict[str, int]:
+    with ExitStack() as stack:
+        path = writer.path.with_name(name)
+        found = await asyncio.to_thread(stack.enter_context, survey(path))
+        rows = found.rows()
+        while chunk := await asyncio.to_thread(_chunk, rows):
+            await _restore(writer, name, chunk)
+        return await writer.perform(lambda store: restore.end(store, name, found.report))
+
+
+async def _restore(writer: Writer, name: str, chunk: list[Survivor]) -> None:
+    while True:
+        try:
+            await writer.perform(lambda store: restore.restore(store, name, chunk))
+        except OutboxUnavailableError:
+            await asyncio.sleep(_RETRY_S)
+        else:
+            return
+
+
+def _chunk(rows: Iterator[Survivor]) -> list[Survivor]:
+    chunk: list[Survivor] = []
+    chunk_bytes = 0
+    while chunk_bytes < _CHUNK_BYTES and len(chunk) < _CHUNK_ROWS:
+        row = next(rows, None)
+        if row is None:
+            break
+        chunk.append(row)
+        chunk_bytes += len(row.body or b"")
+    return chunk

@@ -1,0 +1,181 @@
+"""The verbs that bring back what was salvaged of a damaged database (outbox.rescue).
+
+Each can be repeated: a set whose salvage was cut off is read again from its beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from hashlib import blake2b
+from typing import Any
+
+from agent.outbox.records import State
+from agent.outbox.salvage import Report, Survivor
+from agent.outbox.store import Store
+
+_START_ABOVE = """
+UPDATE ledger
+   SET last_seq = :floor,
+       indexed_upto = :floor
+ WHERE last_seq < :floor
+"""
+
+_FOUND = """
+INSERT INTO salvage (name, state, found_ms)
+VALUES (:name, 'running', :now_ms)
+    ON CONFLICT DO NOTHING
+"""
+
+_UNSALVAGED = """
+SELECT name
+  FROM salvage
+ WHERE state <> 'done'
+ ORDER BY found_ms
+"""
+
+_NAMES = """
+SELECT name
+  FROM salvage
+"""
+
+_UNNOTE = """
+DELETE FROM salvage
+ WHERE name = :name
+"""
+
+_HAS_SEQ = """
+SELECT 1
+  FROM event
+ WHERE seq = :seq
+"""
+
+_RESTORE_EVENT = """
+INSERT INTO event (seq, message_id, digest, state, accepted_ms, settled_ms)
+VALUES (:seq, :message_id, :digest, :state, :accepted_ms, :settled_ms)
+"""
+
+_RESTORE_PENDING = """
+INSERT INTO pending (seq, kind, lane, queued_ms, attempts, failing_since_ms, body)
+VALUES (:seq, :kind, :lane, :queued_ms, :attempts, :failing_since_ms, :body)
+"""
+
+_RESTORE_DEAD = """
+INSERT INTO dead (seq, kind, lane, attempts, reason, status, answer, body)
+VALUES (:seq, :kind, :lane, :attempts, :reason, :status, :answer, :body)
+"""
+
+_COUNT_RESTORED = """
+UPDATE ledger
+   SET last_seq  = :last_seq,
+       accepted  = accepted + :pending + :dead + :delivered,
+       pending   = pending + :pending,
+       dead      = dead + :dead,
+       delivered = delivered + :delivered
+"""
+
+_NOTE_RESTORED = """
+UPDATE salvage
+   SET pending   = pending + :pending,
+       dead      = dead + :dead,
+       delivered = delivered + :delivered
+ WHERE name = :name
+"""
+
+_INHERIT = """
+UPDATE ledger
+   SET accepted   = accepted + :delivered + :discarded,
+       delivered  = delivered + :delivered,
+       discarded  = discarded + :discarded,
+       evicted    = evicted + :evicted,
+       duplicates = duplicates + :duplicates,
+       conflicts  = conflicts + :conflicts,
+       paused     = MAX(paused, :paused)
+"""
+
+_END_SALVAGE = """
+UPDATE salvage
+   SET state = :state,
+       lost  = :lost
+ WHERE name = :name
+"""
+
+_SALVAGED = """
+SELECT pending, dead, delivered
+  FROM salvage
+ WHERE name = :name
+"""
+
+
+def start_above(store: Store, floor: int) -> None:
+    """Give seqs above *floor* from now on, so that those of an older database stay free."""
+    store.last_seq = max(store.last_seq, floor)
+    store.change(_START_ABOVE, floor=store.last_seq)
+
+
+def note_sets(store: Store, names: Sequence[str], *, now_ms: int) -> list[str]:
+    """Remember these damaged sets and no others; return those to salvage, the oldest first."""
+    for (name,) in store.fetch(_NAMES):
+        if name not in names:  # a person has deleted it
+            store.change(_UNNOTE, name=name)
+    store.change_each(_FOUND, [{"name": name, "now_ms": now_ms} for name in names])
+    return [name for (name,) in store.fetch(_UNSALVAGED)]
+
+
+def restore(store: Store, name: str, survivors: Sequence[Survivor]) -> None:
+    """Put back the events among *survivors* that are not known here, with the seqs they had."""
+    known = store.ids.find([survivor.message_id for survivor in survivors])
+    rows: dict[State, list[dict[str, Any]]] = {"pending": [], "dead": [], "delivered": []}
+    for survivor in survivors:
+        if survivor.message_id not in known:  # else restored already, or sent again by its app
+            rows[survivor.state].append(_row(store, survivor))
+            known[survivor.message_id] = survivor.seq
+    everything = [row for state in rows.values() for row in state]
+    store.change_each(_RESTORE_EVENT, everything)
+    store.change_each(_RESTORE_PENDING, rows["pending"])
+    store.change_each(_RESTORE_DEAD, rows["dead"])
+    store.ids.index((row["message_id"], row["seq"]) for row in everything)
+    counts = {state: len(some) for state, some in rows.items()}
+    store.change(_COUNT_RESTORED, last_seq=store.last_seq, **counts)
+    store.change(_NOTE_RESTORED, name=name, **counts)
+
+
+def _row(store: Store, survivor: Survivor) -> dict[str, Any]:
+    row = asdict(survivor)
+    if store.fetch(_HAS_SEQ, seq=survivor.seq):
+        # Damage made two events share a seq: its place in the order is lost, the event is not.
+        store.last_seq += 1
+        row["seq"] = store.last_seq
+    if survivor.digest is None:
+        row["digest"] = blake2b(survivor.body or b"", digest_size=16).digest()
+    if row["queued_ms"] is None:
+        row["queued_ms"] = survivor.accepted_ms
+    return row
+
+
+def end(store: Store, name: str, report: Report) -> dict[str, int]:
+    """Take over the old counters, as far as they survived; return what was salvaged and lost."""
+    ((pending, dead, delivered),) = store.fetch(_SALVAGED, name=name)
+    counts = {"pending": pending, "dead": dead, "delivered": delivered, "lost": report.bodies_lost}
+    ledger = report.ledger
+    if ledger is not None:
+        # What was delivered and forgotten since is in no row.
+        forgotten = max(0, ledger.delivered - delivered)
+        store.change(
+            _INHERIT,
+            delivered=forgotten,
+            discarded=ledger.discarded,
+            evicted=ledger.evicted,
+            duplicates=ledger.duplicates,
+            conflicts=ledger.conflicts,
+            paused=ledger.paused,
+        )
+        missing = ledger.pending + ledger.dead - report.pending - report.dead
+        counts["lost"] = max(counts["lost"], missing)
+    store.change(_END_SALVAGE, name=name, state="done", lost=counts["lost"])
+    return counts
+
+
+def give_up(store: Store, name: str) -> None:
+    """Remember that the set could not be read to its end; the next start tries again."""
+    store.change(_END_SALVAGE, name=name, state="failed", lost=0)

@@ -1,0 +1,136 @@
+"""Who is let in: the quota, the disk, and what makes room.
+
+    outbox.max_size   the database's pages in use, with what waits to be stored
+    the disk          once it was met full, only what fits into free pages, until there is room for
+                      the reserve again (outbox.reserve)
+
+Decides inside the writer's transaction, so that what settlements free counts at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from agent.clock import Clock
+from agent.errors import OutboxFullError
+from agent.event import Event
+from agent.outbox.reserve import Reserve
+from agent.outbox.store import Space, Store
+
+_ROW_OVERHEAD_BYTES = 256
+"""What an event takes beside its body: id, index entry, page slack. Corrected after each commit."""
+
+_BARE_BYTES = 40 * 1024
+"""What an outbox without events takes; an event that does not fit beside it never will."""
+
+_EVICT_LIMIT = 10_000
+_PRUNE_LIMIT = 1_000
+"""Rows evicted and ids forgotten at once at most, to keep the transaction short."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What the operator configured. *max_bytes* bounds the database; *remember* keeps delivered ids."""
+
+    max_bytes: int
+    evicts: bool
+    remember: bool
+
+
+class Room:
+    """The bounds of one outbox. `full` says why the last event was refused; None: one was stored since."""
+
+    def __init__(self, outbox: Path, policy: Policy, clock: Clock) -> None:
+        self.full: str | None = None
+        self.reserve = Reserve(outbox, max_bytes=policy.max_bytes)
+        self._folder = outbox.parent
+        self._policy = policy
+        self._clock = clock
+        self._evicted = 0
+        self._forgotten = 0
+
+    def admit(self, store: Store, calls: Sequence[Sequence[Event]]) -> list[OutboxFullError | None]:
+        """Return for each call why its events are refused; None: they may be stored.
+
+        Each call is let in whole or not at all. May discard older events, if that is the policy.
+        """
+        if self.reserve.keep():
+            room_bytes = self._quota_left(store, calls)
+        else:
+            room_bytes = store.space().free // 2
+        verdicts: list[OutboxFullError | None] = []
+        for events in calls:
+            wanted_bytes = _footprint(events)
+            if wanted_bytes <= room_bytes:
+                room_bytes -= wanted_bytes
+                verdicts.append(None)
+            elif store.knows_all(events):  # a replay takes no room, and is answered as ever
+                verdicts.append(None)
+            else:
+                verdicts.append(
+                    self._quota_full(store.space()) if self.reserve.held else self.disk_full()
+                )
+        return verdicts
+
+    def committed(self) -> None:
+        """Say what the committed transaction discarded."""
+        if self._evicted:
+            log.warning(
+                "outbox.events_evicted", events=self._evicted, max_bytes=self._policy.max_bytes
+            )
+        if self._forgotten:
+            log.warning("outbox.delivered_ids_forgotten", ids=self._forgotten, why="outbox full")
+        self.rolled_back()
+
+    def rolled_back(self) -> None:
+        self._evicted = self._forgotten = 0
+
+    def disk_full(self) -> OutboxFullError:
+        """Return the refusal that a full disk means, and remember it."""
+        self.full = f"{self._folder}: no space left on the disk; free some"
+        return OutboxFullError(self.full)
+
+    def _quota_full(self, space: Space) -> OutboxFullError:
+        self.full = (
+            f"the outbox holds {space.used} of {self._policy.max_bytes} bytes"
+            " (outbox.max_size); it takes events again when some were delivered or discarded"
+        )
+        return OutboxFullError(self.full)
+
+    def _quota_left(self, store: Store, calls: Sequence[Sequence[Event]]) -> int:
+        """Return the bytes that may still be stored, having made room as far as the policy lets."""
+        max_bytes = self._policy.max_bytes
+        wanted_bytes = sum(
+            footprint
+            for footprint in map(_footprint, calls)
+            if footprint + _BARE_BYTES <= max_bytes
+        )
+        left_bytes = max_bytes - store.space().used
+        while left_bytes < wanted_bytes and self._make_room(store, wanted_bytes - left_bytes):
+            left_bytes = max_bytes - store.space().used
+        return left_bytes
+
+    def _make_room(self, store: Store, room_bytes: int) -> int:
+        """Discard the oldest pending events, if that is the policy; return how many rows went.
+
+        The oldest delivered ids are forgotten, too; without that policy only when nothing is
+        pending, for then nothing else would ever make room.
+        """
+        forgotten = evicted = 0
+        if self._policy.evicts or not store.pending():
+            forgotten = store.prune(self._clock.wall_ms(), limit=_PRUNE_LIMIT)
+        if self._policy.evicts:
+            evicted = store.evict(room_bytes, limit=_EVICT_LIMIT)
+        self._forgotten += forgotten
+        self._evicted += evicted
+        return forgotten + evicted
+
+
+def _footprint(events: Sequence[Event]) -> int:
+    return sum(len(event.body) + _ROW_OVERHEAD_BYTES for event in events)

@@ -1,0 +1,252 @@
+"""The rows of our tables: told by the shape of the record alone, and checked as the schema would.
+
+A page does not say which table it belongs to, but no two tables have records of one shape
+(`agent.outbox.schema`). A row that breaks a CHECK of the schema is damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import cast, get_args
+
+import msgspec
+
+from agent.event import Kind
+from agent.outbox.records import Ledger, Reason, State
+from agent.outbox.salvage.pages import Shape, Value
+
+_KINDS = frozenset(get_args(Kind))
+_REASONS = frozenset(get_args(Reason))
+_STATES = frozenset(get_args(State))
+
+_DIGEST_BYTES = 16
+
+_STAMP = re.compile(rb',"timestamp":"[0-9TZ:.-]{24}"\}\Z')
+"""What `agent.event` adds at the end of a body without a timestamp, after taking its digest."""
+
+_LEDGER_COUNTERS = [
+    "last_seq",
+    "accepted",
+    "delivered",
+    "pending",
+    "dead",
+    "discarded",
+    "evicted",
+    "duplicates",
+    "conflicts",
+    "paused",
+]
+
+
+class Table(IntEnum):
+    """The tables that matter, by how much a row says of its event's state: the last one is right."""
+
+    SCHEMA = 0
+    LEDGER = 1
+    PENDING = 2
+    DEAD = 3
+    EVENT = 4
+
+
+_SHAPES = {
+    Table.SCHEMA: re.compile(r"ttti[tn]"),
+    Table.LEDGER: re.compile(r"ni{10}.*"),
+    Table.PENDING: re.compile(r"ntiii[in]b"),
+    Table.DEAD: re.compile(r"ntiit[in]tb"),
+    Table.EVENT: re.compile(r"ntbti[in]"),
+}
+"""The columns of each table: null, integer, text or blob. The ledger may gain columns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventRow:
+    message_id: str
+    digest: bytes
+    state: State
+    accepted_ms: int
+    settled_ms: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingRow:
+    kind: Kind
+    lane: int
+    queued_ms: int
+    attempts: int
+    failing_since_ms: int | None
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadRow:
+    kind: Kind
+    lane: int
+    attempts: int
+    reason: Reason
+    status: int | None
+    answer: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRow:
+    last_seq: int
+    counters: Ledger
+
+    @property
+    def age(self) -> int:
+        """Grows with every append and settlement: of two ledgers, tells which is older."""
+        counters = self.counters
+        return self.last_seq + counters.delivered + counters.discarded + counters.duplicates
+
+
+Row = EventRow | PendingRow | DeadRow | LedgerRow
+
+
+def table_of(shape: Shape) -> Table | None:
+    """Return the table whose row a record can be."""
+    letters = "".join(map(_letter, shape.types))
+    for table, pattern in _SHAPES.items():
+        if pattern.fullmatch(letters):
+            return table
+    return None
+
+
+def row_of(table: Table, values: Sequence[Value]) -> Row | None:
+    """Return a row by the columns of its record; None if it breaks what the schema demands."""
+    try:
+        match table:
+            case Table.EVENT:
+                return _event(*values[1:])
+            case Table.PENDING:
+                return _pending(*values[1:])
+            case Table.DEAD:
+                return _dead(*values[1:])
+            case Table.LEDGER:
+                return _ledger(values[1:])
+            case Table.SCHEMA:
+                return None
+    except UnicodeDecodeError:
+        return None
+
+
+def root_page(values: Sequence[Value]) -> int:
+    """Return the root page that a row of the schema names. Source: the format, 2.6."""
+    return cast(int, values[3])
+
+
+class _Body(msgspec.Struct, rename="camel"):
+    """What events of all kinds have: an id, and a user under one of two names."""
+
+    message_id: str
+    user_id: str | None = None
+    anonymous_id: str | None = None
+
+
+_decoder = msgspec.json.Decoder(_Body)
+
+
+def message_id_in(body: bytes) -> str | None:
+    """Return the messageId of a body; None unless it is the JSON of an event."""
+    try:
+        event = _decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return event.message_id if event.user_id or event.anonymous_id else None
+
+
+def is_body_of(digest: bytes, body: bytes) -> bool:
+    """Return whether *body* is what was accepted with *digest*: see `agent.event.Event`."""
+    unstamped = _STAMP.sub(b"}", body)
+    return digest in {_digest(body), _digest(unstamped)}
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest()
+
+
+def _letter(kind: int) -> str:
+    """Return the storage class of a serial type. Source: the format, 2.1."""
+    if kind >= 12:
+        return "t" if kind & 1 else "b"
+    return "n" if kind == 0 else "f" if kind == 7 else "i"
+
+
+def _event(
+    message_id: Value, digest: Value, state: Value, accepted_ms: Value, settled_ms: Value
+) -> EventRow | None:
+    row = EventRow(
+        message_id=_text(message_id),
+        digest=cast(bytes, digest),
+        state=cast(State, _text(state)),
+        accepted_ms=cast(int, accepted_ms),
+        settled_ms=cast(int | None, settled_ms),
+    )
+    sound = (
+        len(row.digest) == _DIGEST_BYTES
+        and row.state in _STATES
+        and (row.settled_ms is None) == (row.state == "pending")
+    )
+    return row if sound else None
+
+
+def _pending(
+    kind: Value,
+    lane: Value,
+    queued_ms: Value,
+    attempts: Value,
+    failing_since_ms: Value,
+    body: Value,
+) -> PendingRow | None:
+    row = PendingRow(
+        kind=cast(Kind, _text(kind)),
+        lane=cast(int, lane),
+        queued_ms=cast(int, queued_ms),
+        attempts=cast(int, attempts),
+        failing_since_ms=cast(int | None, failing_since_ms),
+        body=cast(bytes, body),
+    )
+    sound = (
+        row.kind in _KINDS
+        and row.attempts >= 0
+        and (row.failing_since_ms is None) == (row.attempts == 0)
+    )
+    return row if sound else None
+
+
+def _dead(
+    kind: Value,
+    lane: Value,
+    attempts: Value,
+    reason: Value,
+    status: Value,
+    answer: Value,
+    body: Value,
+) -> DeadRow | None:
+    row = DeadRow(
+        kind=cast(Kind, _text(kind)),
+        lane=cast(int, lane),
+        attempts=cast(int, attempts),
+        reason=cast(Reason, _text(reason)),
+        status=cast(int | None, status),
+        answer=_text(answer),
+        body=cast(bytes, body),
+    )
+    return row if row.kind in _KINDS and row.attempts >= 0 and row.reason in _REASONS else None
+
+
+def _ledger(values: Sequence[Value]) -> LedgerRow | None:
+    counts = dict(zip(_LEDGER_COUNTERS, cast(Sequence[int], values), strict=False))
+    last_seq, paused = counts.pop("last_seq"), counts.pop("paused")
+    ledger = Ledger(**counts, paused=bool(paused))
+    kept = ledger.delivered + ledger.pending + ledger.dead + ledger.discarded
+    sound = min(last_seq, *counts.values()) >= 0 and ledger.accepted == kept and paused in {0, 1}
+    return LedgerRow(last_seq, ledger) if sound else None
+
+
+def _text(value: Value) -> str:
+    return cast(bytes, value).decode()

@@ -1,0 +1,124 @@
+"""The index of messageIds, on its way from memory to the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from agent.clock import SystemClock
+from agent.event import Event
+from agent.outbox import ids
+from agent.outbox.ids import id_hash
+from agent.outbox.reader import open_own_reader
+from agent.outbox.records import Ack, Appended, Bury, Selection
+from agent.outbox.writer import Policy, open_writer
+
+POLICY = Policy(max_bytes=1 << 30, evicts=False, remember=True)
+FORGETFUL = Policy(max_bytes=1 << 30, evicts=False, remember=False)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ids, "RECENT", 8)
+    monkeypatch.setattr(ids, "SLICE", 3)
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Path:
+    return tmp_path / "outbox.db"
+
+
+def _event(name: str) -> Event:
+    return Event(message_id=name, kind="track", lane=1, digest=b"d" * 16, received_ms=1, body=b"{}")
+
+
+def _indexed(path: Path) -> set[tuple[int, int]]:
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        return set(db.execute("SELECT id_hash, seq FROM known"))
+
+
+async def test_an_id_is_known_on_its_whole_way_to_the_index(outbox: Path) -> None:
+    async with open_writer(outbox, POLICY, SystemClock()) as writer:
+        for number in range(40):
+            assert await writer.append([_event(f"id{number}")]) == [Appended.STORED]
+            again = [_event(f"id{n}") for n in range(number + 1)]
+            assert set(await writer.append(again)) == {Appended.REPLAYED}
+
+    assert 24 <= len(_indexed(outbox)) <= 40
+
+
+async def test_an_id_is_known_after_a_restart_at_any_moment_of_the_merge(outbox: Path) -> None:
+    for number in range(40):
+        async with open_writer(outbox, POLICY, SystemClock()) as writer:
+            assert await writer.append([_event(f"id{number}")]) == [Appended.STORED]
+            again = [_event(f"id{n}") for n in range(number + 1)]
+            assert set(await writer.append(again)) == {Appended.REPLAYED}
+
+
+async def test_what_is_forgotten_leaves_no_entry_behind(outbox: Path) -> None:
+    async with open_writer(outbox, FORGETFUL, SystemClock()) as writer:
+        for number in range(40):
+            await writer.append([_event(f"id{number}")])
+            if number >= 5:
+                await writer.settle(Ack(number - 4))
+        for seq in range(36, 41):
+            await writer.settle(Ack(seq))
+        for number in range(40, 80):  # whatever was under way to the index arrives there
+            await writer.append([_event(f"id{number}")])
+
+    assert {seq for _, seq in _indexed(outbox)} <= set(range(41, 81))
+
+
+async def test_a_requeued_event_is_found_by_its_new_seq(outbox: Path) -> None:
+    async with (
+        open_writer(outbox, POLICY, SystemClock()) as writer,
+        open_own_reader(outbox) as reader,
+    ):
+        await writer.append([_event(f"id{number}") for number in range(20)])
+        await writer.append([_event("more")])
+        await writer.settle(Bury(seq=3, reason="rejected", status=400, answer=""))
+        await writer.perform(lambda store: store.requeue([3], now_ms=5))
+        assert await writer.append([_event("id2")]) == [Appended.REPLAYED]
+
+        receipt = await reader.receipt("id2")
+        assert receipt is not None
+        assert (receipt.seq, receipt.state) == (22, "pending")
+        assert (id_hash("id2"), 3) not in _indexed(outbox)
+
+
+async def test_ids_of_the_same_hash_are_told_apart(
+    outbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ids, "id_hash", lambda _: 7)
+    monkeypatch.setattr("agent.outbox.reader.id_hash", lambda _: 7)
+    async with (
+        open_writer(outbox, POLICY, SystemClock()) as writer,
+        open_own_reader(outbox) as reader,
+    ):
+        for number in range(30):
+            assert await writer.append([_event(f"id{number}")]) == [Appended.STORED]
+        assert await writer.append([_event("id1")]) == [Appended.REPLAYED]
+        found = await reader.select("pending", Selection(message_ids=("id1", "id29")), limit=9)
+        assert [receipt.message_id for receipt in found] == ["id1", "id29"]
+
+
+async def test_a_rolled_back_event_is_not_known(outbox: Path) -> None:
+    async with open_writer(outbox, POLICY, SystemClock()) as writer:
+        await writer.perform(lambda store: store.fetch("PRAGMA max_page_count = 40"))
+        with pytest.raises(Exception, match="no space"):
+            await writer.append(
+                [
+                    Event(
+                        message_id="big",
+                        kind="track",
+                        lane=1,
+                        digest=b"d" * 16,
+                        received_ms=1,
+                        body=bytes(500_000),
+                    )
+                ]
+            )
+        assert await writer.append([_event("big")]) == [Appended.STORED]
