@@ -234,6 +234,8 @@ def _why_held(status: int, answer: str) -> str:
 def _readable(body: bytes) -> str:
     """Return an answer for people: the message of the upstream's JSON, else the text, cut short."""
     text = body.decode("utf-8", "replace").strip()
+    if not text:
+        return ""
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError):

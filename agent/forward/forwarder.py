@@ -195,7 +195,7 @@ class Forwarder:
                 now_s = self._clock.monotonic_s()
                 while (taken := self._take(now_s)) is not None:
                     self._in_flight += 1
-                    attempts.create_task(self._attempt(self._upstream, *taken))
+                    attempts.create_task(self._attempts(self._upstream, taken))
                 await self._wait(now_s)
             follower.cancel()
 
@@ -273,6 +273,25 @@ class Forwarder:
 
     # --- an attempt ---
 
+    async def _attempts(self, upstream: Upstream, taken: tuple[Head, Ticket] | None) -> None:
+        """Send *taken*, and what may go after it: while all is well no other task need wake."""
+        try:
+            while taken is not None:
+                await self._attempt(upstream, *taken)
+                self._in_flight -= 1
+                taken = None if self._is_hungry() else self._take(self._clock.monotonic_s())
+                self._in_flight += 1
+                if self._in_flight < self._plan.concurrency:
+                    self._wake.set()  # for others beside it
+        finally:
+            self._in_flight -= 1
+            self._wake.set()
+
+    def _is_hungry(self) -> bool:
+        """Whether the dispatcher has to read on before more is sent."""
+        lanes = self._lanes
+        return lanes.starved() is not None or (self._scan_due and lanes.room >= SCAN)
+
     async def _attempt(self, upstream: Upstream, head: Head, ticket: Ticket) -> None:
         try:
             body = await self._body(head)
@@ -286,9 +305,6 @@ class Forwarder:
             now_s = self._clock.monotonic_s()
             self._breaker.cancel(ticket, now_s)
             self._lanes.again(head, until_s=now_s + _READ_AGAIN_S)
-        finally:
-            self._in_flight -= 1
-            self._wake.set()
 
     async def _body(self, head: Head) -> bytes | None:
         """Return what to send; None if the event is not pending any more."""

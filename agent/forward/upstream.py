@@ -37,6 +37,9 @@ _KEEPALIVE_S = 60.0
 _ANSWER_BYTES = 65_536
 """How much of an answer is read; the API's are empty or short."""
 
+_LARGE_BYTES = 1024 * 1024
+"""From here on aiohttp wants a body as a stream, to write it bit by bit; bytes go faster."""
+
 _WHY_CHARS = 500
 """How much of a reason is kept and shown."""
 
@@ -120,7 +123,7 @@ class HttpUpstream:
         try:
             async with self._session.post(
                 f"{self._root}/api/public/apps/{kind}",
-                data=io.BytesIO(body),
+                data=body if len(body) < _LARGE_BYTES else io.BytesIO(body),
                 headers={**self._headers, "Content-Length": str(len(body))},
                 ssl=self._tls,
                 allow_redirects=False,
