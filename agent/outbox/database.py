@@ -30,8 +30,8 @@ _PAGE_BYTES = 2048
 """Of a new database. One small event changes a handful of pages: smaller ones write less, larger
 ones hold a backlog better. Half of SQLite's default is where flash and backlog both do well."""
 
-_LOG_PAGES = 4000
-"""After so many pages in the log they go into the database: 8 MiB, so that pages that change often
+_LOG_PAGES = 2000
+"""After so many pages in the log they go into the database: 4 MiB, so that pages that change often
 are written once."""
 
 _LOG_BYTES = 8 * 1024 * 1024

@@ -1,0 +1,122 @@
+"""Events into an outbox without HTTP, through the agent's own writer.
+
+The one module here that looks behind the agent's public face: B2 measures the writer itself until
+there is an endpoint that takes many events at once, and backlogs of a million are made with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import uvloop
+
+from agent.clock import SystemClock
+from agent.event import Event, parse_track
+from agent.outbox.records import Appended
+from agent.outbox.writer import Policy, Writer, open_writer
+from benchmarks import events
+from benchmarks.machine import MIB
+from benchmarks.processes import FigureError, ask, say_result
+
+REQUEST_EVENTS = 100
+"""Events of one request, for B2."""
+
+CALLERS = 16
+"""Requests under way at once, for B2."""
+
+_FILL_EVENTS = 2_000
+"""Events of one call when an outbox is filled: well below what the writer lets wait."""
+
+_QUOTA_BYTES = 64 * 1024 * MIB
+
+
+def fill(outbox: Path, count: int, seed: int) -> None:
+    """Make *outbox* with the *count* events of *seed* pending."""
+    ask(
+        *("benchmarks.filling", "fill", outbox, count, seed),
+        result=type(None),
+        timeout_s=60 + count / 500,
+    )
+
+
+def append_rate(outbox: Path, count: int, seed: int) -> float:
+    """Append *count* events in requests of 100 by 16 callers; return events a second."""
+    return ask(
+        *("benchmarks.filling", "append", outbox, count, seed),
+        result=float,
+        timeout_s=60 + count / 100,
+    )
+
+
+def make_empty(outbox: Path) -> None:
+    """Make an outbox without events."""
+
+    async def make() -> None:
+        async with _writer(outbox):
+            pass
+
+    uvloop.run(make())
+
+
+def _writer(outbox: Path) -> AbstractAsyncContextManager[Writer]:
+    policy = Policy(max_bytes=_QUOTA_BYTES, evicts=False, remember=True)
+    return open_writer(outbox, policy, SystemClock())
+
+
+def _groups(count: int, seed: int, *, size: int) -> Iterator[list[Event]]:
+    now_ms = SystemClock().wall_ms()
+    made = (parse_track(body, received_ms=now_ms) for body in events.bodies(count, seed))
+    while group := list(itertools.islice(made, size)):
+        yield group
+
+
+async def _fill(outbox: Path, count: int, seed: int) -> None:
+    async with _writer(outbox) as writer:
+        for group in _groups(count, seed, size=_FILL_EVENTS):
+            await _append(writer, group)
+
+
+async def _append_rate(outbox: Path, count: int, seed: int) -> float:
+    requests = list(_groups(count, seed, size=REQUEST_EVENTS))
+    waiting = iter(requests)
+    gc.collect()
+    gc.freeze()
+
+    async def call(writer: Writer) -> None:
+        for request in waiting:
+            await _append(writer, request)
+
+    async with _writer(outbox) as writer:
+        started_s = time.perf_counter()
+        async with asyncio.TaskGroup() as callers:
+            for _ in range(CALLERS):
+                callers.create_task(call(writer))
+        return count / (time.perf_counter() - started_s)
+
+
+async def _append(writer: Writer, group: list[Event]) -> None:
+    outcomes = await writer.append(group)
+    if any(outcome is not Appended.STORED for outcome in outcomes):
+        raise FigureError("an event was taken for one that is known: its id is not unique")
+
+
+def _main(way: str, outbox: str, count: str, seed: str) -> None:
+    match way:
+        case "fill":
+            uvloop.run(_fill(Path(outbox), int(count), int(seed)))
+            say_result(None)
+        case "append":
+            say_result(uvloop.run(_append_rate(Path(outbox), int(count), int(seed))))
+        case _:
+            raise SystemExit(f"{way}: expected fill or append")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
