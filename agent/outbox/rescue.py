@@ -14,13 +14,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
 
 import structlog
 
 from agent.errors import OutboxError, OutboxUnavailableError
 from agent.outbox import restore
-from agent.outbox.salvage import Survivor, survey
 from agent.outbox.writer import Writer
+
+if TYPE_CHECKING:
+    from agent.outbox.salvage import Survivor
 
 _CHUNK_BYTES = 512 * 1024
 _CHUNK_ROWS = 512
@@ -56,6 +59,8 @@ async def _salvage(writer: Writer, name: str) -> None:
 
 
 async def _read_back(writer: Writer, name: str) -> dict[str, int]:
+    from agent.outbox.salvage import survey  # noqa: PLC0415  # no daemon needs it in good times
+
     with ExitStack() as stack:
         path = writer.path.with_name(name)
         found = await asyncio.to_thread(stack.enter_context, survey(path))

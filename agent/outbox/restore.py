@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.outbox.records import State
-from agent.outbox.salvage import Report, Survivor
 from agent.outbox.store import Store
+
+if TYPE_CHECKING:  # loaded only where a damaged database is read: see rescue
+    from agent.outbox.salvage import Report, Survivor
 
 _START_ABOVE = """
 UPDATE ledger
