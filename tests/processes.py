@@ -53,16 +53,30 @@ class AgentProcess:
         assert self._process is not None, "the agent was not started"
         return self._process
 
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
     async def start(self) -> None:
         """Start a process; return when it accepts events."""
+        await self.launch()
+        assert await self.becomes_ready(), self.log.read_text()
+
+    async def launch(self) -> None:
+        """Start a process; return while it may still be starting."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self.command, "run", "--config", str(self.config), stderr=log, env=self.environ
             )
+
+    async def becomes_ready(self) -> bool:
+        """Return True as soon as the process accepts events, False if it ends instead."""
         async with asyncio.timeout(DEADLINE_S):
             while not await self._is_ready():
-                assert self.process.returncode is None, self.log.read_text()
+                if not self.alive:
+                    return False
                 await asyncio.sleep(_POLL_S)  # another process
+        return True
 
     async def _is_ready(self) -> bool:
         try:
@@ -78,10 +92,24 @@ class AgentProcess:
 
     async def stop(self) -> int:
         """End the process as the service manager would; return its exit code."""
-        if self.process.returncode is None:
+        if self.alive:
             self.process.terminate()
         async with asyncio.timeout(DEADLINE_S):
             return await self.process.wait()
+
+    async def run_command(self, *arguments: str) -> tuple[int, str]:
+        """Run another command of the agent; return its exit code and what it said."""
+        process = await asyncio.create_subprocess_exec(
+            *self.command,
+            *arguments,
+            "--config",
+            str(self.config),
+            stdout=asyncio.subprocess.PIPE,
+            env=self.environ,
+        )
+        async with asyncio.timeout(DEADLINE_S):
+            said, _ = await process.communicate()
+        return await process.wait(), said.decode()
 
     async def post(self, body: dict[str, Any]) -> int:
         """Post one track event as an app would; return the status."""
@@ -124,5 +152,5 @@ async def running_agent(folder: Path, **sections: str) -> AsyncIterator[AgentPro
         try:
             yield agent
         finally:
-            if agent.process.returncode is None:
+            if agent.alive:
                 await agent.kill()

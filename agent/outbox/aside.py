@@ -37,11 +37,16 @@ def sets_beside(outbox: Path) -> list[str]:
 def _finish(outbox: Path, name: str) -> None:
     _move(outbox, outbox.with_name(name))
     outbox.with_name(f"{outbox.name}-shm").unlink(missing_ok=True)
-    folder = os.open(outbox.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    sync_folder(outbox.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make durable which names are in *folder*. Raises `OSError`."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(folder)
+        os.fsync(fd)
     finally:
-        os.close(folder)
+        os.close(fd)
 
 
 def _move(source: Path, target: Path) -> None:

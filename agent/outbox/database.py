@@ -107,6 +107,7 @@ async def connect(path: Path) -> Database:
     """
     try:
         _make_private(path)
+        _check_log(path)
         connection = _Connection(
             lambda: sqlite3.connect(path, isolation_level=None, timeout=_BUSY_TIMEOUT_S),
             iter_chunk_size=64,
@@ -116,7 +117,7 @@ async def connect(path: Path) -> Database:
         raise _cannot_open(path, exc) from exc
     try:
         return Database(connection, await connection.run(lambda db: _prepare(db, path)))
-    except sqlite3.Error as exc:
+    except (sqlite3.Error, UnicodeDecodeError) as exc:
         await _give_up(connection)
         # Ours, but a table or column is not what the version says: damage, too.
         if is_damage(exc) or getattr(exc, "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR:
@@ -127,9 +128,14 @@ async def connect(path: Path) -> Database:
         raise
 
 
-def is_damage(exc: sqlite3.Error) -> bool:
-    """Return whether SQLite found that the file is not what it wrote."""
-    return getattr(exc, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
+def is_damage(exc: Exception) -> bool:
+    """Return whether the file turned out not to be what was written."""
+    # Text that is no UTF-8 has no code: sqlite3 says so in words, or lets the codec speak.
+    return (
+        getattr(exc, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
+        or isinstance(exc, UnicodeDecodeError)
+        or "Could not decode to UTF-8" in str(exc)
+    )
 
 
 def is_full(exc: sqlite3.Error) -> bool:
@@ -156,6 +162,19 @@ def _prepare(db: sqlite3.Connection, path: Path) -> Store:
     schema.migrate(db, version)
     _check(db, path)
     return Store(db)
+
+
+def _check_log(path: Path) -> None:
+    """Look for damage in what a process that was killed has left. Raises `OutboxDamagedError`.
+
+    SQLite would take the first bad frame for the end of the log, and overwrite what is behind it.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    if log.exists() and log.stat().st_size:
+        from agent.outbox.salvage import log_is_broken  # noqa: PLC0415  # seldom needed
+
+        if log_is_broken(path):
+            raise OutboxDamagedError(f"{path}: damaged (a part of its log in the middle)")
 
 
 def _check(db: sqlite3.Connection, path: Path) -> None:

@@ -37,6 +37,8 @@ SELECT seq, lane, message_id, kind, attempts, failing_since_ms,
   JOIN event USING (seq)
 """
 
+_HEAD_TYPES = (int, int, str, str, int, int | None, bytes | None)
+
 _SCAN = (
     _HEAD
     + """
@@ -164,17 +166,16 @@ class Reader:
 
     async def scan(self, *, after: int, limit: int) -> list[Head]:
         """Return the next *limit* pending events behind *after*, in order of acceptance."""
-        return [
-            _head(row)
-            for row in await self._fetch(_SCAN, after=after, limit=limit, inline_bytes=INLINE_BYTES)
-        ]
+        return self._heads(
+            await self._fetch(_SCAN, after=after, limit=limit, inline_bytes=INLINE_BYTES)
+        )
 
     async def lane(self, lane: int, *, after: int, upto: int, limit: int) -> list[Head]:
         """Return the next *limit* pending events of one lane with after < seq <= upto."""
         rows = await self._fetch(
             _LANE, lane=lane, after=after, upto=upto, limit=limit, inline_bytes=INLINE_BYTES
         )
-        return [_head(row) for row in rows]
+        return self._heads(rows)
 
     async def body(self, seq: int) -> bytes | None:
         """Return the body of a pending event; None if it is not pending any more."""
@@ -244,10 +245,23 @@ class Reader:
         try:
             return list(await self._db.execute_fetchall(sql, values))
         except sqlite3.Error as exc:
-            kind = OutboxDamagedError if is_damage(exc) else OutboxError
-            raise kind(f"{self.path}: cannot read the outbox ({exc})") from exc
+            if is_damage(exc):
+                raise self._damaged(str(exc)) from exc
+            raise OutboxError(f"{self.path}: cannot read the outbox ({exc})") from exc
         except UnicodeEncodeError as exc:
             raise OutboxError(f"{exc.object!r}: not valid text, so no event has it") from exc
+
+    def _heads(self, rows: list[sqlite3.Row]) -> list[Head]:
+        for row in rows:
+            # A flipped bit can make one type of another, which SQLite does not mind when it reads.
+            if any(
+                not isinstance(value, kind) for value, kind in zip(row, _HEAD_TYPES, strict=True)
+            ):
+                raise self._damaged("a row of the wrong types")
+        return [_head(row) for row in rows]
+
+    def _damaged(self, why: str) -> OutboxDamagedError:
+        return OutboxDamagedError(f"{self.path}: damaged ({why})")
 
 
 class _OwnReader(Reader):
@@ -264,12 +278,13 @@ class _OwnReader(Reader):
     async def _fetch(self, sql: str, **values: Any) -> list[sqlite3.Row]:
         if _inode(self.path) != self._inode:
             await self._follow()
-        try:
-            return await super()._fetch(sql, **values)
-        except OutboxDamagedError as exc:
-            if _inode(self.path) == self._inode:
-                self._on_damage(str(exc))
-            raise
+        return await super()._fetch(sql, **values)
+
+    def _damaged(self, why: str) -> OutboxDamagedError:
+        damage = super()._damaged(why)
+        if _inode(self.path) == self._inode:
+            self._on_damage(str(damage))
+        return damage
 
     async def _follow(self) -> None:
         async with self._following:

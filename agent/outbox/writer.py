@@ -376,7 +376,7 @@ class Writer:
             self.damaged.set()
 
     async def _begin_anew(self, damage: str) -> Database:
-        if not self._owned.proven:
+        if not self._owned.proven and not await asyncio.to_thread(_has_survivors, self.path):
             raise OutboxError(
                 f"{damage}; it was never a tranthor-agent outbox, so it is left alone:"
                 " set outbox.path to a file of its own"
@@ -451,7 +451,7 @@ async def open_writer(path: Path, policy: Policy, clock: Clock) -> AsyncIterator
     Raises `OutboxLockedError` if another process owns it, `OutboxError` if it cannot be used.
     """
     try:
-        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        _make_folder(path.parent)
     except OSError as exc:
         raise OutboxError(
             f"{path.parent}: cannot create the outbox folder ({exc.strerror});"
@@ -471,6 +471,20 @@ async def open_writer(path: Path, policy: Policy, clock: Clock) -> AsyncIterator
                     await asyncio.wait([running])
         finally:
             await writer.close()
+
+
+def _make_folder(folder: Path) -> None:
+    """Make *folder* if need be, for good: a power cut must not take it with all that is in it."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    for each in made:
+        aside.sync_folder(each.parent)
+
+
+def _has_survivors(path: Path) -> bool:
+    from agent.outbox.salvage import surviving  # noqa: PLC0415  # seldom needed
+
+    return any(True for _ in surviving(path))
 
 
 def _answer(jobs: list[_Append], results: list[list[Appended] | OutboxFullError]) -> None:

@@ -25,15 +25,20 @@ _USERS = 20
 class Witness:
     """Posts events and keeps the ids of those that were answered 204."""
 
-    def __init__(self, url: str, seed: int) -> None:
-        """*url* is the agent's, without a path."""
+    def __init__(self, url: str, seed: int, *, filler_bytes: int = 800) -> None:
+        """*url* is the agent's, without a path; bodies hold up to *filler_bytes* of filler."""
         self.acknowledged: set[str] = set()
         self.refused: dict[int, int] = {}
         """How many answers of each other status there were."""
+        self.refused_for_good = 0
+        """How many of those did not say when to send again (Retry-After)."""
+        self.unanswered = 0
         self._track = f"{url}/api/public/apps/track"
         self._rng = random.Random(seed)
         self._numbers = itertools.count()
+        self._under_way: set[int] = set()
         self._seed = seed
+        self._filler_bytes = filler_bytes
 
     async def post(self, session: aiohttp.ClientSession) -> int | None:
         """Post one new event; return the answer's status, None if there was none."""
@@ -43,17 +48,25 @@ class Witness:
             "messageId": message_id,
             "event": "Item Sold",
             "userId": f"user-{number % _USERS}",
-            "properties": {"number": number, "filler": "x" * self._rng.randrange(800)},
+            "properties": {
+                "number": number,
+                "filler": "x" * self._rng.randrange(self._filler_bytes),
+            },
         }
+        self._under_way.add(number)
         try:
             async with session.post(self._track, json=event) as response:
                 await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError):
+            self.unanswered += 1
             return None
+        finally:
+            self._under_way.discard(number)
         if response.status == 204:
             self.acknowledged.add(message_id)
         else:
             self.refused[response.status] = self.refused.get(response.status, 0) + 1
+            self.refused_for_good += "Retry-After" not in response.headers
         return response.status
 
     @asynccontextmanager
@@ -76,6 +89,12 @@ class Witness:
     async def reach(self, count: int) -> None:
         """Return once *count* events were acknowledged."""
         while len(self.acknowledged) < count:  # noqa: ASYNC110  # a poll of what other tasks count
+            await asyncio.sleep(0.001)
+
+    async def hear_out(self) -> None:
+        """Return once no post of before is under way: all that a dead agent answered is then known."""
+        asked = frozenset(self._under_way)
+        while asked & self._under_way:  # noqa: ASYNC110  # a poll of what other tasks count
             await asyncio.sleep(0.001)
 
     def lost(self, outbox: Path, delivered: Iterable[str]) -> set[str]:

@@ -11,6 +11,7 @@ with the bodies. The writer calls in, from a thread, and puts what it gets into 
     pages    one page of a table: its cells, and the record in a cell
     tree     which pages are in use, and which are free and hold only what once was
     rows     which table a record is a row of; whether a body is the one that was accepted
+    scan     one pass over all pages: which leaves hold rows, and what leads to them
     survey   all rows in order of acceptance, and what became of each event
 
 Where sources contradict each other, the one that loses no event is believed: an event may come
@@ -18,5 +19,6 @@ back that was evicted, or was settled without being remembered; one whose row sa
 """
 
 from agent.outbox.salvage.survey import Report, Survey, Survivor, survey, surviving
+from agent.outbox.salvage.views import log_is_broken
 
-__all__ = ["Report", "Survey", "Survivor", "survey", "surviving"]
+__all__ = ["Report", "Survey", "Survivor", "log_is_broken", "survey", "surviving"]

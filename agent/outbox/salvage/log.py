@@ -43,17 +43,29 @@ _Sum = tuple[int, int]
 
 @dataclass(slots=True)
 class Log:
-    """What the log puts over the database: for a page number the offset of its newest image.
-
-    *proven* holds frames that their checksums prove, *claimed* also such as only bear the log's
-    salts. *pages* is the size of the database after the last commit; 0 where there is none.
-    *sound* says that SQLite would see the same, so that both are equal and nothing is amiss.
-    """
+    """What the log puts over the database: for a page number the offset of its newest image."""
 
     proven: dict[int, int] = field(default_factory=dict)
+    """By checksum, and committed: what SQLite would take, and what it would not reach any more."""
     claimed: dict[int, int] = field(default_factory=dict)
+    """By the log's salts alone, and perhaps not committed."""
     pages: int = 0
-    sound: bool = True
+    """The size of the database after the last commit; 0 where there is none."""
+    doubted: set[int] = field(default_factory=set)
+    """Pages of which some image is not proven: an older one may hold what that has lost."""
+    lost: bool = False
+    """Whether there was a frame of which not even the page is known."""
+    broken: bool = False
+    """Whether SQLite, which stops at the first bad frame, would drop what was committed.
+
+    A transaction is synced before the next begins: what a power cut leaves of one has nothing behind
+    it. Where its last frame is whole and one before it is not, it counts as damaged, to be sure.
+    """
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is amiss with it."""
+        return self.proven == self.claimed and not self.doubted and not self.lost
 
 
 class _Frame(NamedTuple):
@@ -73,39 +85,38 @@ def page_bytes_of(read: Read) -> int | None:
 def read_log(read: Read, size: int, page_bytes: int) -> Log:
     """Return the frames of a log of *size* bytes that count."""
     log = Log()
-    if size == 0:
-        return log
     start = _start(read(0, HEADER_BYTES))
     if start is None:
         order = "<" if sys.byteorder == "little" else ">"
-        salts, seeds = _commonest_salts(read, size, page_bytes), set[_Sum]()
-        log.sound = False
+        salts, seeds = _newest_salts(read, size, page_bytes), set[_Sum]()
     else:
         order, salts, seeds = start[0], start[1], {start[2]}
     uncommitted: dict[int, int] = {}
-    unproven: dict[int, int] = {}
+    bad = start is None
+    synced = False  # a transaction with a bad frame
     for frame in _frames(read, size, page_bytes):
         if frame.salts != salts or not 0 < frame.page <= MAX_PAGE:
-            log.sound = log.sound and _is_older(frame.salts, salts)
+            log.lost = log.lost or not _is_older(frame.salts, salts)
             seeds = {frame.sums}
             continue
         sums = _continued(read, frame, page_bytes, order, seeds)
+        # What was not committed was not promised; but perhaps its commit frame was damaged or cut off.
+        log.claimed[frame.page] = frame.image
         proven = frame.sums in sums
-        seeds = {frame.sums} if proven else {frame.sums, *sums}
-        log.sound = log.sound and proven
-        unproven[frame.page] = frame.image
-        if proven:
-            uncommitted[frame.page] = frame.image
+        log.broken = log.broken or (proven and synced)
+        bad = bad or log.lost or not proven
+        synced = synced or (bad and frame.commit > 0)
+        if not proven:
+            log.doubted.add(frame.page)
+            seeds = {frame.sums, *sums}
+            continue
+        seeds = {frame.sums}
+        uncommitted[frame.page] = frame.image
         if frame.commit:
-            log.claimed |= unproven
-            unproven.clear()
-        if frame.commit and proven:
             log.proven |= uncommitted
-            uncommitted.clear()
             log.pages = min(frame.commit, MAX_PAGE)
-    log.sound = log.sound and not unproven and (size - HEADER_BYTES) % _stride(page_bytes) == 0
-    # What was never committed was never promised, but a commit frame may be what is damaged.
-    log.claimed |= unproven
+            uncommitted.clear()
+            log.broken = log.broken or bad
     return log
 
 
@@ -133,8 +144,8 @@ def _frames(read: Read, size: int, page_bytes: int) -> Iterator[_Frame]:
             yield _Frame(page, commit, (salt1, salt2), (sum1, sum2), at + FRAME_HEADER_BYTES)
 
 
-def _commonest_salts(read: Read, size: int, page_bytes: int) -> _Sum | None:
-    """Return the salts of the first two frames in a row that agree: the newest log starts in front."""
+def _newest_salts(read: Read, size: int, page_bytes: int) -> _Sum | None:
+    """Return the salts of the first two frames in a row that agree: the newest ones are in front."""
     before = None
     for frame in _frames(read, size, page_bytes):
         if frame.salts == before and any(before):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum
+from functools import lru_cache
 from typing import cast, get_args
 
 import msgspec
@@ -28,7 +29,7 @@ _DIGEST_BYTES = 16
 _STAMP = re.compile(rb',"timestamp":"[0-9TZ:.-]{24}"\}\Z')
 """What `agent.event` adds at the end of a body without a timestamp, after taking its digest."""
 
-_LEDGER_COUNTERS = [
+_LEDGER_COUNTERS = (
     "last_seq",
     "accepted",
     "delivered",
@@ -39,18 +40,20 @@ _LEDGER_COUNTERS = [
     "duplicates",
     "conflicts",
     "paused",
-]
+)
 
 
-class Table(IntEnum):
-    """The tables that matter, by how much a row says of its event's state: the last one is right."""
+class Table(Enum):
+    """The tables that matter."""
 
-    SCHEMA = 0
-    LEDGER = 1
-    PENDING = 2
-    DEAD = 3
-    EVENT = 4
+    SCHEMA = "sqlite_schema"
+    LEDGER = "ledger"
+    PENDING = "pending"
+    DEAD = "dead"
+    EVENT = "event"
 
+
+ABOUT_EVENTS = frozenset({Table.EVENT, Table.PENDING, Table.DEAD})
 
 _SHAPES = {
     Table.SCHEMA: re.compile(r"ttti[tn]"),
@@ -109,7 +112,12 @@ Row = EventRow | PendingRow | DeadRow | LedgerRow
 
 def table_of(shape: Shape) -> Table | None:
     """Return the table whose row a record can be."""
-    letters = "".join(map(_letter, shape.types))
+    return _table(tuple(map(_letter, shape.types)))
+
+
+@lru_cache(maxsize=1024)
+def _table(columns: tuple[str, ...]) -> Table | None:
+    letters = "".join(columns)
     for table, pattern in _SHAPES.items():
         if pattern.fullmatch(letters):
             return table
@@ -159,14 +167,13 @@ def message_id_in(body: bytes) -> str | None:
     return event.message_id if event.user_id or event.anonymous_id else None
 
 
-def is_body_of(digest: bytes, body: bytes) -> bool:
-    """Return whether *body* is what was accepted with *digest*: see `agent.event.Event`."""
-    unstamped = _STAMP.sub(b"}", body)
-    return digest in {_digest(body), _digest(unstamped)}
-
-
-def _digest(body: bytes) -> bytes:
-    return hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest()
+def digest_of(body: bytes, digests: Collection[bytes]) -> bytes | None:
+    """Return the one of *digests* that *body* was accepted with: see `agent.event.Event`."""
+    for accepted in (body, _STAMP.sub(b"}", body)):
+        digest = hashlib.blake2b(accepted, digest_size=_DIGEST_BYTES).digest()
+        if digest in digests:
+            return digest
+    return None
 
 
 def _letter(kind: int) -> str:

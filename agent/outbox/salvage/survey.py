@@ -1,4 +1,4 @@
-"""All rows that can be read, in order of acceptance, and what became of each event.
+"""All rows that can be read, and what became of each event.
 
 A first pass over the pages learns which leaves hold rows and where each begins; a second one opens
 the leaves in that order and merges them, so that all that is known of one event comes together.
@@ -6,9 +6,10 @@ the leaves in that order and merges them, so that all that is known of one event
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,8 @@ from agent.outbox.records import Ledger, Reason, State
 from agent.outbox.salvage import pages, rows, tree
 from agent.outbox.salvage.pages import Cell
 from agent.outbox.salvage.rows import DeadRow, EventRow, LedgerRow, PendingRow, Row, Table
-from agent.outbox.salvage.views import View, opened
+from agent.outbox.salvage.scan import ledgers_on, scan
+from agent.outbox.salvage.views import View, Views, opened
 
 _PAGE_BITS = 26
 _VIEW_BITS = 2
@@ -32,7 +34,8 @@ _FURTHEST: tuple[State, ...] = ("pending", "dead", "delivered")
 class Survivor:
     """One event that can still be known. *body* is None for a delivered one alone.
 
-    Where the row of the event itself is gone, *message_id* is from the body, *digest* is None, and
+    *message_id* is the body's where there is one. *digest* is None where none proves the body: the
+    row of the event is gone, or that or the body is damaged. Where the row of the event is gone,
     *accepted_ms* is when it was queued, or for a dead letter when the event before it was accepted.
     """
 
@@ -83,76 +86,80 @@ class _Place(NamedTuple):
     cell: Cell
 
 
-@dataclass(slots=True)
-class _Scan:
-    """What the first pass over a view learns."""
+class _Bodied(NamedTuple):
+    """A row with the JSON of an event. *digest* is what proves its body, if anything does."""
 
-    leaves: list[tuple[int, int]] = field(default_factory=list)
-    """(the lowest seq, the page) of each leaf with rows of events."""
-    branches: dict[int, list[int]] = field(default_factory=dict)
-    roots: list[int] = field(default_factory=list)
-    ledgers: list[tuple[int, LedgerRow]] = field(default_factory=list)
-    """(the page, the row) of whatever looks like a ledger."""
-    incomplete: set[int] = field(default_factory=set)
-    """Leaves of which not all cells decode."""
-    pages: int = 0
-    damaged: int = 0
+    row: DeadRow | PendingRow
+    message_id: str
+    digest: bytes | None
 
 
 class Survey:
     """What is left in a damaged database. Made by `survey`."""
 
-    def __init__(self, views: list[View], without_log: View | None) -> None:
-        """*without_log* counts, too, if it turns out newer than what the log puts over it."""
+    def __init__(self, views: Views) -> None:
         self._views: list[View] = []
         self._leaves: list[int] = []
         self._taken: set[int] = set()
-        self.report = Report(page_bytes=views[0].page_bytes)
-        ledgers = [ledger for view in views for ledger in self._add(view)]
-        newest = max((ledger.age for _, ledger in ledgers), default=0)
-        if without_log is not None and any(
-            ledger.age > newest for page, _ in ledgers for ledger in _ledgers_on(without_log, page)
-        ):
-            ledgers += self._add(without_log)
+        self.report = Report(page_bytes=views.with_log[0].page_bytes)
+        ledgers = [ledger for view in views.with_log for ledger in self._add(view, None)]
+        bare = views.without_log
+        if bare is not None:
+            # A log that was cut shows less than a checkpoint may have put into the database before.
+            age = max((ledger.age for _, ledger in ledgers), default=0)
+            stored = [ledger for number, _ in ledgers for ledger in ledgers_on(bare, number)]
+            behind = any(ledger.age > age for ledger in stored)
+            if behind or views.doubted is None or views.doubted:
+                ledgers += self._add(bare, None if behind else views.doubted)
         if ledgers:
             ledger = max((ledger for _, ledger in ledgers), key=lambda ledger: ledger.age)
             self.report.last_seq, self.report.ledger = ledger.last_seq, ledger.counters
         self._leaves.sort()
 
     def rows(self) -> Iterator[Survivor]:
-        """Yield what is known of each event, in ascending order of seq."""
+        """Yield what is known of each event in ascending order of seq, dead letters after the others.
+
+        So whoever keeps the first of two with one messageId keeps the right one: where a dead
+        letter was put back into the queue, an older image of its page still shows it.
+        """
         report = self.report
         report.pending = report.dead = report.delivered = report.bodies_lost = 0
+        dead = array("q")
         accepted_ms = 0
         for places in self._grouped():
             survivor = self._judge(places, accepted_ms)
             if survivor is None:
                 continue
+            if survivor.state == "dead":
+                dead.extend((survivor.seq, accepted_ms))
+            else:
+                report.pending += survivor.state == "pending"
+                report.delivered += survivor.state == "delivered"
+                yield survivor
             accepted_ms = survivor.accepted_ms
-            match survivor.state:
-                case "pending":
-                    report.pending += 1
-                case "dead":
+        i = 0
+        for places in self._grouped() if dead else ():
+            if i < len(dead) and places[0].seq == dead[i]:
+                survivor = self._judge(places, dead[i + 1])
+                i += 2
+                if survivor is not None:
                     report.dead += 1
-                case "delivered":
-                    report.delivered += 1
-            yield survivor
+                    yield survivor
 
-    def _add(self, view: View) -> list[tuple[int, LedgerRow]]:
-        """Take in the leaves of one more view; return the ledgers in it that are in use."""
-        scan = _scan(view)
+    def _add(self, view: View, only: set[int] | None) -> list[tuple[int, LedgerRow]]:
+        """Take in the leaves of one more view, all or *only* some; return the ledgers in use there."""
         free = tree.free_pages(view)
-        reachable = tree.reached(scan.roots, scan.branches)
+        found = scan(view, free)
+        reachable = tree.reached(found.roots, found.branches)
         if not self._views:
-            self.report.pages = scan.pages
-            self.report.pages_damaged = _damaged(view, scan, free)
+            self.report.pages, self.report.pages_damaged = found.pages, found.damaged
         i = len(self._views)
         self._views.append(view)
-        for seq, number in scan.leaves:
+        for seq, number in found.leaves:
             image = (view.source(number) or 0) << _PAGE_BITS | number
-            if image in self._taken or not tree.is_in_use(
-                view, number, reachable=reachable, free=free
-            ):
+            if image in self._taken or (only is not None and number not in only):
+                continue
+            if not tree.is_in_use(view, number, reachable=reachable, free=free):
                 continue
             self._taken.add(image)
             doubtful = number not in reachable and tree.mapped(view, number) is tree.Mapped.UNKNOWN
@@ -160,14 +167,14 @@ class Survey:
             self._leaves.append(key)
         return [
             (number, ledger)
-            for number, ledger in scan.ledgers
+            for number, ledger in found.ledgers
             if tree.is_in_use(view, number, reachable=reachable, free=free)
         ]
 
     def _grouped(self) -> Iterator[list[_Place]]:
         """Yield all places of one seq after those of another, in ascending order.
 
-        Only leaves that overlap are open at once; in an undamaged table no two do.
+        Only leaves that overlap are open at once; of one undamaged table no two do.
         """
         heap: list[_Place] = []
         for key in self._leaves:
@@ -184,30 +191,30 @@ class Survey:
             yield _pop_group(heap)
 
     def _judge(self, places: list[_Place], before_ms: int) -> Survivor | None:
-        """Return what is known of one event by all rows about it; None if nothing worth keeping is."""
+        """Return what is known of one event by all rows about it; None if its body is gone."""
+        seq = places[0].seq
         found = [row for place in places for row in self._read(place)]
         events = [row for row in found if isinstance(row, EventRow)]
         event = max(events, key=lambda row: _FURTHEST.index(row.state), default=None)
         if event is not None and event.state == "delivered":
-            return Survivor(
-                seq=places[0].seq,
-                message_id=event.message_id,
-                digest=event.digest,
-                state="delivered",
-                accepted_ms=event.accepted_ms,
-                settled_ms=event.settled_ms,
-            )
-        # A dead letter first: it was pending before. Where only its pending row is left, it is tried again.
-        for row in sorted(found, key=lambda row: not isinstance(row, DeadRow)):
-            if not isinstance(row, DeadRow | PendingRow):
-                continue
-            message_id = rows.message_id_in(row.body)
-            genuine = not events or any(rows.is_body_of(e.digest, row.body) for e in events)
-            if message_id is not None and genuine:
-                return _survivor(places[0].seq, message_id, event, row, before_ms)
-        if event is not None or not all(place.doubtful for place in places):
-            self.report.bodies_lost += 1
-        return None
+            return _delivered(seq, event)
+        digests = {row.digest for row in events}
+        bodied: list[_Bodied] = []
+        for row in found:
+            if isinstance(row, DeadRow | PendingRow):
+                message_id = rows.message_id_in(row.body)
+                digest = rows.digest_of(row.body, digests)
+                # Unproven and with another id, the body is what is damaged.
+                same = event is None or digest is not None or message_id == event.message_id
+                if message_id is not None and same:
+                    bodied.append(_Bodied(row, message_id, digest))
+        if not bodied:
+            self.report.bodies_lost += event is not None or any(map(self._had_body, places))
+            return None
+        # Dead before pending: a dead letter was pending before. Where only the pending row is left
+        # of one, it is tried again.
+        best = min(bodied, key=lambda b: (b.digest is None, isinstance(b.row, PendingRow)))
+        return _waiting(seq, best, event, before_ms)
 
     def _read(self, place: _Place) -> Iterator[Row]:
         """Yield the row at a place, or, where its chain differs between views, what each makes of it."""
@@ -224,80 +231,24 @@ class Survey:
             if row:
                 yield row
 
+    def _had_body(self, place: _Place) -> bool:
+        """Return whether there surely was a body at a place."""
+        shape = pages.shape_of(self._views[place.view].page(place.page), place.cell)
+        table = None if shape is None else rows.table_of(shape)
+        return not place.doubtful and table in {Table.PENDING, Table.DEAD}
+
 
 @contextmanager
 def survey(path: Path) -> Iterator[Survey]:
     """Yield what is left of the outbox at *path* and of the log beside it, open while the block runs."""
     with opened(path) as views:
-        newest, bare = views.with_log, views.without_log
-        if not views.sound and bare is not None:
-            newest, bare = [*newest, bare], None
-        yield Survey(newest, bare)
+        yield Survey(views)
 
 
 def surviving(path: Path) -> Iterator[Survivor]:
-    """Yield what is known of each event in the outbox at *path*, in ascending order of seq."""
+    """Yield what is known of each event in the outbox at *path*, in the order of `Survey.rows`."""
     with survey(path) as found:
         yield from found.rows()
-
-
-def _scan(view: View) -> _Scan:
-    """Look at every page once."""
-    scan = _Scan()
-    for number in view.numbers():
-        first = number == 1
-        page = view.page(number)
-        scan.pages += 1
-        kind = page[pages.DATABASE_HEADER_BYTES if first else 0]
-        if kind == pages.TABLE_INTERIOR:
-            scan.branches[number] = pages.children(page, first=first)
-        elif kind == pages.TABLE_LEAF:
-            _scan_leaf(scan, view, number, page)
-        if tree.mapped(view, number) is tree.Mapped.ROOT:
-            scan.roots.append(number)
-    scan.roots.append(1)
-    return scan
-
-
-def _scan_leaf(scan: _Scan, view: View, number: int, page: bytes) -> None:
-    cells, whole = pages.leaf_cells(page, first=number == 1)
-    lowest = None
-    for cell in cells:
-        shape = pages.shape_of(page, cell)
-        table = None if shape is None else rows.table_of(shape)
-        whole = whole and shape is not None
-        if table in {Table.EVENT, Table.PENDING, Table.DEAD}:
-            lowest = cell.rowid if lowest is None else lowest
-        elif shape is not None and table is Table.SCHEMA:
-            payload = view.payload(page, cell)
-            if payload:
-                scan.roots.append(rows.root_page(pages.values_of(payload, shape)))
-        elif table is Table.LEDGER:
-            scan.ledgers += [(number, ledger) for ledger in _ledgers_on(view, number)]
-    if lowest is not None:
-        scan.leaves.append((lowest, number))
-    if not whole:
-        scan.incomplete.add(number)
-
-
-def _ledgers_on(view: View, number: int) -> Iterator[LedgerRow]:
-    """Yield what looks like a ledger on page *number*."""
-    page = view.page(number)
-    for cell in pages.leaf_cells(page)[0]:
-        shape = pages.shape_of(page, cell)
-        if shape is not None and rows.table_of(shape) is Table.LEDGER:
-            payload = view.payload(page, cell)
-            row = payload and rows.row_of(Table.LEDGER, pages.values_of(payload, shape))
-            if isinstance(row, LedgerRow):
-                yield row
-
-
-def _damaged(view: View, scan: _Scan, free: set[int]) -> int:
-    return sum(
-        tree.is_damaged(view, number, view.page(number), free=free)
-        or (number in scan.incomplete and tree.mapped(view, number) is not tree.Mapped.FREE)
-        for number in view.numbers()
-    )
 
 
 def _pop_group(heap: list[_Place]) -> list[_Place]:
@@ -307,29 +258,35 @@ def _pop_group(heap: list[_Place]) -> list[_Place]:
     return group
 
 
-def _survivor(
-    seq: int,
-    message_id: str,
-    event: EventRow | None,
-    row: DeadRow | PendingRow,
-    before_ms: int,
-) -> Survivor:
-    queued_ms = row.queued_ms if isinstance(row, PendingRow) else None
-    accepted_ms = event.accepted_ms if event else before_ms if queued_ms is None else queued_ms
+def _delivered(seq: int, event: EventRow) -> Survivor:
+    return Survivor(
+        seq=seq,
+        message_id=event.message_id,
+        digest=event.digest,
+        state="delivered",
+        accepted_ms=event.accepted_ms,
+        settled_ms=event.settled_ms,
+    )
+
+
+def _waiting(seq: int, found: _Bodied, event: EventRow | None, before_ms: int) -> Survivor:
+    row = found.row
+    pending = row if isinstance(row, PendingRow) else None
     dead = row if isinstance(row, DeadRow) else None
+    accepted_ms = event.accepted_ms if event else pending.queued_ms if pending else before_ms
     settled_ms = event.settled_ms if event else None
     return Survivor(
         seq=seq,
-        message_id=message_id,
-        digest=event.digest if event else None,
+        message_id=found.message_id,
+        digest=found.digest,
         state="dead" if dead else "pending",
         accepted_ms=accepted_ms,
         settled_ms=(accepted_ms if settled_ms is None else settled_ms) if dead else None,
         kind=row.kind,
         lane=row.lane,
-        queued_ms=queued_ms,
+        queued_ms=pending.queued_ms if pending else None,
         attempts=row.attempts,
-        failing_since_ms=row.failing_since_ms if isinstance(row, PendingRow) else None,
+        failing_since_ms=pending.failing_since_ms if pending else None,
         reason=dead.reason if dead else None,
         status=dead.status if dead else None,
         answer=dead.answer if dead else None,

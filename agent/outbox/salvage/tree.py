@@ -1,8 +1,8 @@
 """Which pages are in use. A free page still holds the rows of events that are long gone.
 
 Three witnesses, and any of them may be damaged: the trees, walked from their roots; the pointer
-map, which an auto-vacuum database has; the list of free pages. Who is positive is believed first:
-a page that a tree reaches is in use whatever the others say. A page that nobody knows counts as used.
+map, which an auto-vacuum database has; the list of free pages. One that says free is believed
+where it does not stand against a tree alone. A page that nobody knows counts as used.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ class Mapped(IntEnum):
     CHILD = 5
 
 
+_WITHOUT_PARENT = frozenset({Mapped.UNKNOWN, Mapped.ROOT, Mapped.FREE})
+
+
 def map_page(number: int, page_bytes: int) -> int:
     """Return the number of the pointer-map page that has the entry of page *number* (itself, for one)."""
     stride = page_bytes // _MAP_ENTRY_BYTES + 1
@@ -56,9 +59,9 @@ def mapped(view: View, number: int) -> Mapped:
         return Mapped.UNKNOWN
     kind, parent = unpack_from(">BI", page, at)
     # Roots and free pages have no parent, all others do: a damaged entry hardly fits by chance.
-    if kind not in Mapped or (parent == 0) != (kind in {Mapped.ROOT, Mapped.FREE}):
+    if kind > Mapped.CHILD or (parent == 0) != (kind in _WITHOUT_PARENT) or parent > view.count:
         return Mapped.UNKNOWN
-    return Mapped(kind) if parent <= view.count else Mapped.UNKNOWN
+    return Mapped(kind)
 
 
 def free_pages(view: View) -> set[int]:
@@ -90,9 +93,10 @@ def reached(roots: Iterable[int], branches: dict[int, list[int]]) -> set[int]:
 
 def is_in_use(view: View, number: int, *, reachable: set[int], free: set[int]) -> bool:
     """Return whether page *number* belongs to the database, as far as that is known."""
-    if number in reachable:
-        return True
     kind = mapped(view, number)
+    if number in reachable:
+        # A damaged tree may point to a free page; two witnesses outweigh it, one may be damaged itself.
+        return not (kind is Mapped.FREE and number in free)
     return number not in free if kind is Mapped.UNKNOWN else kind is not Mapped.FREE
 
 

@@ -127,12 +127,12 @@ class View:
 class Views(NamedTuple):
     """What the files show: with the log, and without it (None: there is nothing in the log).
 
-    *sound*: the log is undamaged, as far as it can tell.
+    *doubted* are pages that the log shows damaged; None: some, and nobody knows which.
     """
 
     with_log: list[View]
     without_log: View | None
-    sound: bool
+    doubted: set[int] | None
 
 
 @contextmanager
@@ -148,18 +148,29 @@ def opened(path: Path) -> Iterator[Views]:
         def view(frames: dict[int, int], count: int) -> View:
             return View(db, wal, page_bytes=page_bytes, frames=frames, count=count)
 
-        bare = view({}, stored)
-        if found.sound:
+        if not found.claimed:
+            yield Views([view({}, stored)], None, set())
+        elif found.sound:
             # What the last commit cut off the file is no part of the database any more.
-            newest = [view(found.proven, found.pages or stored)]
+            yield Views([view(found.proven, found.pages)], view({}, stored), set())
         else:
-            newest = [
-                view(frames, max(stored, found.pages, *frames))
-                for frames in (found.claimed, found.proven)
-                if frames
-            ]
-        has_log = bool(found.claimed or found.proven)
-        yield Views(newest or [bare], bare if has_log else None, found.sound)
+            count = max(stored, found.pages, *found.claimed)
+            newest = [view(found.claimed, count), view(found.proven, count)]
+            yield Views(newest, view({}, stored), None if found.lost else found.doubted)
+
+
+def log_is_broken(path: Path) -> bool:
+    """Return whether SQLite, opening the database at *path*, would drop transactions from its log.
+
+    It would not say so: a frame with a wrong checksum is the end of the log to it, and what was
+    committed behind that is overwritten. To be asked while this process has no connection to the
+    database: closing a file drops the locks that SQLite holds on it.
+    """
+    with File(path) as db, File(path.with_name(f"{path.name}-wal")) as wal:
+        page_bytes = log.page_bytes_of(wal.read) or guess_page_bytes(db, wal)
+        found = log.read_log(wal.read, wal.size, page_bytes)
+        # Beside an empty database SQLite deletes the log, whatever is in it.
+        return found.broken or (db.size == 0 and found.pages > 0)
 
 
 def guess_page_bytes(db: File, wal: File) -> int:
