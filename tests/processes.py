@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
@@ -27,6 +28,14 @@ def free_port() -> int:
         return port
 
 
+def environ() -> dict[str, str]:
+    """Return the environment in which any Python finds the agent, its libraries and these tests."""
+    tests = Path(__file__).parent
+    libraries = [path for path in sys.path if path.endswith("-packages")]
+    paths = [str(tests.parent), str(tests), *libraries]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 class AgentProcess:
     """One agent of one configuration, through any number of processes."""
 
@@ -39,8 +48,7 @@ class AgentProcess:
         self.log = folder / "agent.log"
         self.command = [sys.executable, "-m", "agent"]
         """How the agent is started; a fault proof puts another program in front, or a bug inside."""
-        self.environ: dict[str, str] | None = None
-        """The environment of the process; None: that of the tests."""
+        self.environ = environ()
         self._session = session
         self._process: asyncio.subprocess.Process | None = None
         bodies = {"ingest": "", "outbox": "", **sections}

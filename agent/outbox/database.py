@@ -80,9 +80,25 @@ class Database:
         self.space = space
         return result
 
+    async def prove(self) -> None:
+        """Commit and sync something. Raises `sqlite3.Error` if that fails."""
+        await self.transact(lambda store: store.touch())
+
     async def checkpoint(self) -> None:
         """Empty the log into the database. Raises `sqlite3.Error` if that fails."""
         await self._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    async def begin_log_again(self, before: Callable[[], object] = lambda: None) -> None:
+        """Write the log into the database, but keep its space: it begins anew in what it has.
+
+        *before* is called in the database's thread right before. Raises `sqlite3.Error`.
+        """
+
+        def work(db: sqlite3.Connection) -> None:
+            before()
+            db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+
+        await self._connection.run(work)
 
     async def close(self) -> None:
         await self._connection.close()
@@ -107,6 +123,7 @@ async def connect(path: Path) -> Database:
     """
     try:
         _make_private(path)
+        _clear_remains(path)
         _check_log(path)
         connection = _Connection(
             lambda: sqlite3.connect(path, isolation_level=None, timeout=_BUSY_TIMEOUT_S),
@@ -159,9 +176,24 @@ def _prepare(db: sqlite3.Connection, path: Path) -> Store:
     db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
     db.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
     db.create_function("id_hash", 1, id_hash, deterministic=True)
+    _begin_log_anew(db)
     schema.migrate(db, version)
     _check(db, path)
     return Store(db)
+
+
+def _begin_log_anew(db: sqlite3.Connection) -> None:
+    """Write what a log of before holds into the database, and empty it.
+
+    One of its frames may be in the kernel's memory alone, after a sync that failed: what is committed
+    behind that frame would be lost with it. Source: Rebello et al., "Can Applications Recover from
+    fsync Failures?", 2020.
+    """
+    try:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    except sqlite3.Error as exc:
+        if not is_full(exc):  # without room nothing is committed that could be lost
+            raise
 
 
 def _check_log(path: Path) -> None:
@@ -204,6 +236,19 @@ def _make_private(path: Path) -> None:
         folder = path.parent.stat()
         os.fchown(fd, folder.st_uid, folder.st_gid)
     os.close(fd)
+
+
+def _clear_remains(path: Path) -> None:
+    """Delete what a reader of another user has left that this one may not write to.
+
+    A -shm is made anew from the log, and an empty log is none. Only for the owner of the lock.
+    """
+    for name in ("-shm", "-wal"):
+        remains = path.with_name(path.name + name)
+        if remains.exists() and not os.access(remains, os.R_OK | os.W_OK):
+            if name == "-wal" and remains.stat().st_size:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(remains))
+            remains.unlink()
 
 
 def _recognise(db: sqlite3.Connection, path: Path) -> int:

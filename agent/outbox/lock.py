@@ -13,7 +13,7 @@ import asyncio
 import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from agent.errors import OutboxError, OutboxLockedError
@@ -33,10 +33,24 @@ _OURS = "outbox"
 class Ownership:
     """The lock that is held. *proven* says that an agent had its outbox there before."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self.proven = _OURS in os.pread(fd, 64, 0).decode("ascii", "replace").split()
+    def __init__(self, note: int, files: ExitStack) -> None:
+        self.proven = _OURS in os.pread(note, 64, 0).decode("ascii", "replace").split()
+        self._note = note
+        self._files = files
+        self._held: set[int] = set()
         self._write()
+
+    def hold(self, outbox: Path) -> None:
+        """Lock the file of *outbox* itself, for it may have other names, and the lock file may go.
+
+        Raises `OutboxLockedError`. To be called before SQLite opens the file, or after it was made:
+        it stays open until the end, for to close it would drop SQLite's own locks.
+        """
+        if outbox.exists() and outbox.stat().st_ino not in self._held:
+            fd = _open_locked(outbox, fcntl.LOCK_EX)
+            if fd is not None:
+                self._files.callback(os.close, fd)
+                self._held.add(os.fstat(fd).st_ino)
 
     def prove(self) -> None:
         """Remember that the file is an outbox of ours."""
@@ -47,22 +61,16 @@ class Ownership:
         lines = f"{os.getpid()}\n" + f"{_OURS}\n" * self.proven
         # In this order, so that a full disk leaves what was there: it is only a note.
         with suppress(OSError):
-            os.pwrite(self._fd, lines.encode(), 0)
-            os.ftruncate(self._fd, len(lines))
+            os.pwrite(self._note, lines.encode(), 0)
+            os.ftruncate(self._note, len(lines))
 
 
 @asynccontextmanager
 async def exclusive(outbox: Path) -> AsyncIterator[Ownership]:
     """Own *outbox* while the block runs. Raises `OutboxLockedError` naming the owner."""
-    path = lock_path(outbox)
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    except OSError as exc:
-        raise OutboxError(
-            f"{path}: cannot open the lock file ({exc.strerror}); run as the user that owns it"
-        ) from exc
-    try:
-        _give_to_owner_of(path.parent, fd)
+    with ExitStack() as files:
+        fd = _open_note(lock_path(outbox))
+        files.callback(os.close, fd)
         for left in reversed(range(_TRIES)):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,9 +79,46 @@ async def exclusive(outbox: Path) -> AsyncIterator[Ownership]:
                 if not left:
                     raise _refusal(outbox, fd) from exc
                 await asyncio.sleep(_TRY_INTERVAL_S)
-        yield Ownership(fd)
-    finally:
+        owned = Ownership(fd, files)
+        owned.hold(outbox)
+        yield owned
+
+
+def _open_note(path: Path) -> int:
+    try:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        except FileExistsError:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        raise OutboxError(
+            f"{path}: cannot open the lock file ({exc.strerror}); run as the user that owns it"
+        ) from exc
+    if os.geteuid() == 0:
+        # Root was first to run it here: the service's own user must be able to lock it, too.
+        owner = path.parent.stat()
+        os.fchown(fd, owner.st_uid, owner.st_gid)
+    return fd
+
+
+def _open_locked(path: Path, operation: int) -> int | None:
+    """Return a descriptor of *path* that holds a lock, None if there is no file to lock."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None  # whoever opens it says why
+    try:
+        fcntl.flock(fd, operation | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
         os.close(fd)
+        raise OutboxLockedError(
+            f"{path}: in use by another process, under this name or another; one agent per outbox:"
+            " stop that one, or set outbox.path to another file"
+        ) from exc
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 @contextmanager
@@ -82,22 +127,25 @@ def shared(outbox: Path) -> Iterator[bool]:
     try:
         fd = os.open(lock_path(outbox), os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        yield True  # never opened by a writer, so none is there
-        return
+        fd = None  # never opened by a writer, or tidied away
     except OSError as exc:
         raise OutboxError(
             f"{lock_path(outbox)}: cannot open it ({exc.strerror}); run as the agent's user,"
             " as a member of its group, or as root"
         ) from exc
-    try:
+    with ExitStack() as files:
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
+            if fd is not None:
+                files.callback(os.close, fd)
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            held = _open_locked(outbox, fcntl.LOCK_SH)
+        except (BlockingIOError, OutboxLockedError):
+            alone = False
         else:
-            yield True
-    finally:
-        os.close(fd)
+            alone = True
+            if held is not None:
+                files.callback(os.close, held)
+        yield alone
 
 
 def _refusal(outbox: Path, fd: int) -> OutboxLockedError:
@@ -122,10 +170,3 @@ def owner(outbox: Path) -> str:
     except OSError:
         lines = []
     return lines[0] if lines else "(unknown)"
-
-
-def _give_to_owner_of(folder: Path, fd: int) -> None:
-    """Let the service's own user open a lock file that root was first to create."""
-    if os.geteuid() == 0:
-        owner = folder.stat()
-        os.fchown(fd, owner.st_uid, owner.st_gid)

@@ -91,6 +91,13 @@ class Room:
     def rolled_back(self) -> None:
         self._evicted = self._forgotten = 0
 
+    def has_some(self, store: Store) -> bool:
+        """Return whether there is room again: no app may come to find that out."""
+        if not self.reserve.keep():
+            return False
+        store.touch()  # whoever says so must have written something
+        return store.space().used + _BARE_BYTES <= self._policy.max_bytes
+
     def disk_full(self) -> OutboxFullError:
         """Return the refusal that a full disk means, and remember it."""
         self.full = f"{self._folder}: no space left on the disk; free some"

@@ -202,6 +202,11 @@ UPDATE ledger
    SET paused = :paused
 """
 
+_TOUCH = """
+UPDATE ledger
+   SET last_seq = :last_seq
+"""
+
 _PAGES = """
 SELECT (SELECT page_count FROM pragma_page_count),
        (SELECT freelist_count FROM pragma_freelist_count),
@@ -426,6 +431,14 @@ class Store:
 
     def set_paused(self, paused: bool) -> None:
         self.change(_SET_PAUSED, paused=paused)
+
+    def touch(self) -> None:
+        """Write something that means nothing, to see whether it can be written: a seq is burnt.
+
+        SQLite leaves a page alone that would be the same afterwards.
+        """
+        self.last_seq += 1
+        self.change(_TOUCH, last_seq=self.last_seq)
 
     def space(self) -> Space:
         """Return what the database takes."""

@@ -72,6 +72,9 @@ as if 2^12 events came each millisecond since 1970 or, where the clock is wrong,
 _DISK_FULL_INTERVAL_S = 1.0
 """How long settlements that do not fit on the disk wait before the next try."""
 
+_LOOK_INTERVAL_S = 1.0
+"""How long a full outbox may be called full after there is room again."""
+
 _REOPEN_INTERVAL_S = 1.0
 """How long an outbox that failed is left alone before the next try to reopen it."""
 
@@ -213,8 +216,7 @@ class Writer:
     async def run(self) -> None:
         """Commit groups until stopped. Its owner is `open_writer`."""
         while True:
-            await self._wake.wait()
-            self._wake.clear()
+            await self._await_work()
             while self.fault is not None or self._damage is not None or self._waiting():
                 if self.fault is None and self._damage is not None:
                     self._break(self._damage)
@@ -230,6 +232,24 @@ class Writer:
                 self._abandon_settles()
                 return
 
+    async def _await_work(self) -> None:
+        """Wait until something is to be written; meanwhile look whether a full outbox still is."""
+        while not self._wake.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_INTERVAL_S if self._room.full else None):
+                    await self._wake.wait()
+                    break
+            await self._look_again()
+        self._wake.clear()
+
+    async def _look_again(self) -> None:
+        try:
+            if await self._transact(self._room.has_some):
+                self._room.full = None
+        except sqlite3.Error as exc:
+            if not database.is_full(exc):
+                self._fault(exc)
+
     async def _turn(self) -> None:
         appends = self._take_appends()
         settles = self._take_settles()
@@ -237,7 +257,7 @@ class Writer:
         if appends or settles:
             await self._commit_group(appends, settles)
         if settles and not self._room.reserve.held:
-            await self._checkpoint()
+            await self._begin_log_again()
         while self._performs and self.fault is None:
             await self._commit_verb(self._performs.popleft())
 
@@ -257,10 +277,10 @@ class Writer:
         limit = len(self._settles) if self._room.reserve.held else _SHORT_SETTLES
         return [self._settles.popleft() for _ in range(min(limit, len(self._settles)))]
 
-    async def _checkpoint(self) -> None:
-        """Empty the log into the database, so that it need not grow; a failure shows at the next write."""
+    async def _begin_log_again(self, before: Callable[[], object] = lambda: None) -> None:
+        """Make the log reusable, so that it need not grow; a failure shows at the next write."""
         with suppress(sqlite3.Error):
-            await self._database.checkpoint()
+            await self._database.begin_log_again(before)
 
     async def _commit_group(self, appends: list[_Append], settles: list[_Settle]) -> None:
         calls = [job.events for job in appends]
@@ -309,9 +329,10 @@ class Writer:
     async def _wait_for_disk(self) -> None:
         """Settlements do not fit on the disk: use the reserve, or wait for room."""
         self._room.disk_full()
-        if self._room.reserve.release():
+        if self._room.reserve.held:
             log.warning("outbox.reserve_released", path=str(self.path))
-            await self._checkpoint()
+            # At once, before another program takes the space: the log needs it to become reusable.
+            await self._begin_log_again(self._room.reserve.release)
         elif self._stopping:
             self._abandon_settles()
         else:
@@ -361,6 +382,7 @@ class Writer:
                 damage = str(exc)
         if damage is not None:
             self._db = await self._begin_anew(damage)
+        self._owned.hold(self.path)
         self._owned.prove()
         await self._note_sets()
         self._room.reserve.keep()
@@ -405,7 +427,8 @@ class Writer:
                 log.warning("outbox.checkpoint_failed", path=str(self.path), error=str(exc))
             finally:
                 await db.close()
-                self._room.reserve.release()
+                if self._room.full is None:  # else the next start needs it, and could not take it
+                    self._room.reserve.release()
 
     def _fault(self, exc: sqlite3.Error) -> None:
         if database.is_damage(exc):
@@ -432,9 +455,12 @@ class Writer:
             log.warning("outbox.close_failed", path=str(self.path), error=str(exc))
         try:
             await self.open()
+            await self._database.prove()
         except (sqlite3.Error, OutboxError) as exc:
-            self.fault = str(exc)
-            return
+            if not (isinstance(exc, sqlite3.Error) and database.is_full(exc)):
+                self.fault = str(exc)
+                return
+            self._room.disk_full()
         self.fault = None
         log.info("outbox.reopened", path=str(self.path))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import random
 import shutil
 import sqlite3
@@ -60,8 +59,6 @@ backoff_max = "400ms"
 
 AT_ONCE = 2
 """Machines that run side by side: each waits for its agent to start most of the time."""
-
-_TESTS = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,11 +250,7 @@ async def machine(
         agent = AgentProcess(folder, session, upstream=_upstream(url), forward=FORWARD)
         agent.command = planted.command(bug)
         agent.outbox = outbox or agent.outbox
-        agent.environ = {
-            **os.environ,
-            "PYTHONPATH": f"{_TESTS.parent}{os.pathsep}{_TESTS}",
-            "TRANTHOR_AGENT_OUTBOX__PATH": str(agent.outbox),
-        }
+        agent.environ["TRANTHOR_AGENT_OUTBOX__PATH"] = str(agent.outbox)
         try:
             yield Machine(agent, sandbox, seed=seed, crash=crash)
         finally:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from faults import planted
+from processes import environ
 
 _ROOT = Path(__file__).parents[2]
 
@@ -78,12 +79,6 @@ def household_of_three(folder: Path, *, mode: int = 0o750) -> Iterator[Household
         if home.agent is None:
             pytest.skip("needs root, setpriv, and a Python that every user may run")
         yield home
-
-
-def environ() -> dict[str, str]:
-    """Return the environment in which any Python finds the agent, its libraries and these tests."""
-    libraries = [path for path in sys.path if path.endswith("-packages")]
-    return {**os.environ, "PYTHONPATH": ":".join([str(_ROOT), str(_ROOT / "tests"), *libraries])}
 
 
 @cache

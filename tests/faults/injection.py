@@ -67,19 +67,30 @@ def unavailable() -> str:
 
 
 def born_with(
-    fault: DiskFault | None, agent: AgentProcess, trace: Path, *, files: Sequence[str] = QUEUE
+    fault: DiskFault | None,
+    agent: AgentProcess,
+    trace: Path,
+    *,
+    files: Sequence[str] = QUEUE,
+    data: bool = False,
 ) -> list[str]:
     """Return the command of *agent* so that *fault* is in it from its first call on.
 
-    Without a fault its calls are only traced. The process stays a child of who starts it (-D).
+    Without a fault its calls are only traced; with *data*, so that they can be replayed
+    (`page_cache`). The process stays a child of who starts it (-D).
     """
-    tracing = ["strace", "-D", "-f", "--seccomp-bpf", *_options(fault, agent, trace, files)]
-    return [*tracing, *agent.command]
+    options = _options(fault, agent, trace, files, data=data)
+    return ["strace", "-D", "-f", "--seccomp-bpf", *options, *agent.command]
 
 
 @asynccontextmanager
 async def striking(
-    fault: DiskFault | None, agent: AgentProcess, trace: Path, *, lasting: bool = False
+    fault: DiskFault | None,
+    agent: AgentProcess,
+    trace: Path,
+    *,
+    lasting: bool = False,
+    data: bool = False,
 ) -> AsyncIterator[None]:
     """Put *fault* into the running *agent* while the block runs, or only trace its calls."""
     pid = str(agent.process.pid)
@@ -87,7 +98,7 @@ async def striking(
     strace = await asyncio.create_subprocess_exec(
         "strace",
         *(["-f"] if lasting else []),
-        *_options(fault, agent, trace, QUEUE),
+        *_options(fault, agent, trace, QUEUE, data=data),
         *(argument for thread in threads for argument in ("-p", thread)),
         stderr=subprocess.PIPE,
     )
@@ -98,7 +109,7 @@ async def striking(
                 assert b"attached" in (line := await strace.stderr.readline()), line
         yield
     finally:
-        if strace.returncode is None:
+        if agent.alive:  # otherwise it ends by itself
             strace.terminate()
         async with asyncio.timeout(DEADLINE_S):
             await strace.communicate()
@@ -124,15 +135,17 @@ def _text(trace: Path) -> str:
 
 
 def _options(
-    fault: DiskFault | None, agent: AgentProcess, trace: Path, files: Sequence[str]
+    fault: DiskFault | None,
+    agent: AgentProcess,
+    trace: Path,
+    files: Sequence[str],
+    *,
+    data: bool,
 ) -> list[str]:
-    """Return what strace is told: the calls and files to look at, and what to do to them.
-
-    Traced are paths and data, whole, in hexadecimal (`page_cache`).
-    """
+    """Return what strace is told: the calls and files to look at, and what to do to them."""
     watched = f"{WRITE},{SYNC},{TRUNCATE},{ALLOCATE}"
     options = ["-o", str(trace), "-e", f"trace={watched}", "-e", "signal=none"]
-    options += ["-y", "-xx", "-s", str(_LARGEST_WRITE_BYTES)]
+    options += ["-y", "-xx", "-s", str(_LARGEST_WRITE_BYTES)] if data else ["-s", "0"]
     if fault is not None:
         options += ["-e", f"inject={fault.calls}:error={fault.error}:when={fault.when}"]
     paths = [f"{agent.outbox}{ending}" for ending in files]

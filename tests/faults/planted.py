@@ -163,6 +163,9 @@ def without_lock() -> None:
         def prove(self) -> None:
             """Not needed."""
 
+        def hold(self, outbox: Path) -> None:
+            """Nor this."""
+
     @asynccontextmanager
     async def open_to_all(outbox: Path) -> AsyncIterator[Anybody]:
         del outbox

@@ -8,9 +8,7 @@ lived at once.
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -180,7 +178,6 @@ async def living(
             forward=_FORWARD,
         )
         agent.command = command(bug)
-        agent.environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         witness = Witness(agent.url, seed, filler_bytes=filler_bytes)
         try:
             yield Life(agent, upstream, witness, session)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.process
 
 SEED = 20261123
 
-HASTE_S = 5.0
+HASTE_S = 4.0
 """For agents that will keep us waiting."""
 
 REFUSALS = 8

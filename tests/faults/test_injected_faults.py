@@ -49,7 +49,7 @@ LOOKS = 15
 LOOK_INTERVAL_S = 0.1
 """Together longer than the outbox is left alone before it is opened again."""
 
-HASTE_S = 5.0
+HASTE_S = 4.0
 """For agents that will keep us waiting."""
 
 Tier = Callable[[int, int], int]
@@ -175,7 +175,8 @@ async def start_twice(
 async def test_what_is_acknowledged_after_a_failed_sync_outlives_a_power_cut(
     tmp_path: Path, tier: Tier, restarted: bool
 ) -> None:
-    faults = [DiskFault(SYNC, "EIO", str(k)) for k in range(2, 2 + tier(1, 10))]
+    # Each connection meets it once, but not before it has stored something.
+    faults = [DiskFault(SYNC, "EIO", str(k)) for k in range(8, 8 + tier(1, 12))]
 
     verdicts = await try_all(tmp_path, partial(lose_power, restarted=restarted), faults)
 
@@ -184,17 +185,25 @@ async def test_what_is_acknowledged_after_a_failed_sync_outlives_a_power_cut(
 
 
 async def lose_power(
-    folder: Path, fault: DiskFault, *, restarted: bool, bug: str | None = None
+    folder: Path,
+    fault: DiskFault,
+    *,
+    restarted: bool,
+    bug: str | None = None,
+    patience_s: float = PATIENCE_S,
 ) -> None:
     """Meet *fault*, acknowledge more (*restarted*: after a crash), and cut the power."""
     trace, image = folder / "trace", folder / "image"
-    async with living(folder, seed=SEED, bug=bug, filler_bytes=800) as life:
+    async with (
+        living(folder, seed=SEED, bug=bug, filler_bytes=800) as life,
+        asyncio.timeout(patience_s),
+    ):
         outbox = life.agent.outbox
         life.part()
         await life.agent.start()
         await life.post(3)
         cache = PageCache([outbox, outbox.with_name(f"{outbox.name}-wal")])
-        async with striking(fault, life.agent, trace, lasting=True):
+        async with striking(fault, life.agent, trace, lasting=True, data=True):
             await life.refused()
             if restarted:
                 await life.agent.kill()
@@ -203,7 +212,7 @@ async def lose_power(
         cache.replay(trace)
         if restarted:
             trace = folder / "trace-restarted"
-            life.agent.command = born_with(None, life.agent, trace)
+            life.agent.command = born_with(None, life.agent, trace, data=True)
             await life.agent.start()
             await life.post(6)
             cache.replay(trace)
@@ -269,13 +278,15 @@ async def test_the_proofs_find_loss_silence_standstill_and_a_status_that_hides_i
     tmp_path: Path,
 ) -> None:
     once, always = DiskFault(SYNC, "EIO", "5"), DiskFault(WRITE, "EIO", ALWAYS)
+    powerless = partial(lose_power, restarted=False)
     async with asyncio.TaskGroup() as trials:
         found = {
             bug: trials.create_task(
-                judge(tmp_path / bug, partial(trial, bug=bug, patience_s=patience_s), fault)
+                judge(tmp_path / bug, partial(scenario, bug=bug, patience_s=patience_s), fault)
             )
-            for bug, trial, fault, patience_s in (
+            for bug, scenario, fault, patience_s in (
                 ("ignore_commit_errors", live_through, once, PATIENCE_S),
+                ("synchronous_normal", powerless, DiskFault(WRITE, "EIO", "60"), PATIENCE_S),
                 ("answer_nobody", live_through, once, HASTE_S),
                 ("never_reopen", live_through, once, HASTE_S),
                 ("hide_faults", outlast, always, PATIENCE_S),
@@ -285,6 +296,7 @@ async def test_the_proofs_find_loss_silence_standstill_and_a_status_that_hides_i
     verdicts = {bug: task.result() for bug, task in found.items()}
     assert all(verdict.met for verdict in verdicts.values())
     assert "acknowledged are lost" in verdicts["ignore_commit_errors"].complaint
+    assert "acknowledged are lost" in verdicts["synchronous_normal"].complaint
     assert "TimeoutError" in verdicts["answer_nobody"].complaint
     assert "TimeoutError" in verdicts["never_reopen"].complaint
     assert "names no fault" in verdicts["hide_faults"].complaint

@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from faults.households import Household, environ, household, household_of_three
+from faults.households import Household, household, household_of_three
 from faults.onlookers import DIRECTLY, Look, looking
 from faults.watched import running
 from faults.witness import flaws
-from processes import DEADLINE_S, AgentProcess
+from processes import DEADLINE_S, AgentProcess, environ
 
 from agent.console.sandbox import DEFAULT_WRITE_KEY, Sandbox
 

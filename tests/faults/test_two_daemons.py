@@ -15,10 +15,10 @@ from typing import NamedTuple
 import aiohttp
 import pytest
 from faults import planted
-from faults.households import environ, household_of_three
+from faults.households import household_of_three
 from faults.watched import running
 from faults.witness import Witness, flaws, known_ids
-from processes import DEADLINE_S, AgentProcess, free_port, running_agent
+from processes import DEADLINE_S, AgentProcess, environ, free_port, running_agent
 
 from agent.console.sandbox import DEFAULT_WRITE_KEY, Sandbox
 

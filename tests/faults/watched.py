@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 from faults.footprint import Footprint
-from faults.households import Household, environ
+from faults.households import Household
 from faults.onlookers import DIRECTLY, Order
 from faults.witness import Witness
 from processes import DEADLINE_S, AgentProcess, free_port
@@ -82,7 +82,7 @@ async def running(
     upstream = f'url = "{url}"\nwrite_key = "{DEFAULT_WRITE_KEY}"' if url else ""
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(DEADLINE_S)) as session:
         agent = AgentProcess(home.folder, session, outbox=outbox, upstream=upstream)
-        agent.command, agent.environ = home.command(bug), environ()
+        agent.command = home.command(bug)
         run = Run(home, agent, Witness(agent.url, seed=1, filler_bytes=filler_bytes))
         with run.footprint.watched():
             try:
