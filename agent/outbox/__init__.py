@@ -1,6 +1,14 @@
-"""The durable queue: where the two ends of the agent meet.
+"""The durable queue: where the two ends of the agent meet (docs/outbox.md has its files and accidents).
 
-One connection writes (`writer`), in transactions shared by all who wait; short queries read
-(`reader`). `records` are the plain values that cross this boundary, `schema` the tables and their
-migrations, `store` the SQL verbs, `lock` the rule of one writer per outbox.
+    writer     all that is written: group commit, backpressure, recovery from faults
+    room       who is let in: quota, disk, and the `reserve` kept back for deliveries
+    database   the one write connection; `schema` its tables and migrations
+    store      the SQL verbs, in a transaction of the writer's; `ids` knows each messageId
+    reader     short queries, of the daemon's and of others
+    lock       one writer per outbox
+    upkeep     what is due from time to time
+    aside, rescue, restore, salvage
+               what becomes of a damaged database: moved away, read page by page, put back
+    records, refusals
+               the plain values that cross this boundary; what an error means to a client
 """
