@@ -1,4 +1,4 @@
-"""The durable queue: where the two ends of the agent meet (docs/outbox.md has its files and accidents).
+"""The durable queue: where the two ends of the agent meet.
 
     writer     all that is written: group commit, backpressure, recovery from faults
     room       who is let in: quota, disk, and the `reserve` kept back for deliveries
@@ -11,4 +11,6 @@
                what becomes of a damaged database: moved away, read page by page, put back
     records, refusals
                the plain values that cross this boundary; what an error means to a client
+
+docs/outbox.md has the files, the life of an event, and what each accident leaves.
 """
