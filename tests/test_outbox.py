@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outboxes import used_bytes
 
 from agent.clock import SystemClock
 from agent.console import dead_letters
@@ -126,11 +127,12 @@ def _ids_in(path: Path) -> set[str]:
 
 async def test_appends_that_wait_together_share_one_transaction(outbox: Path) -> None:
     async with _opened(outbox) as (writer, reader):
-        before = writer.commits
-        calls = [writer.append([_event(f"id{i}")]) for i in range(200)]
+        async with _busy(writer):
+            before = writer.commits
+            calls = [writer.append([_event(f"id{i}")]) for i in range(200)]
 
         assert [await call for call in calls] == [[Appended.STORED]] * 200
-        assert writer.commits - before == 1
+        assert writer.commits - before == 2  # what kept it busy, and they
         heads = await reader.scan(after=0, limit=1000)
         assert [head.message_id for head in heads] == [f"id{i}" for i in range(200)]
 
@@ -138,12 +140,14 @@ async def test_appends_that_wait_together_share_one_transaction(outbox: Path) ->
 async def test_settlements_ride_along_with_appends(outbox: Path) -> None:
     async with _opened(outbox) as (writer, reader):
         await writer.append([_event("a"), _event("b")])
-        before = writer.commits
-        acks = [writer.settle(Ack(seq)) for seq in (1, 2)]
-        await writer.append([_event("c")])
+        async with _busy(writer):
+            before = writer.commits
+            acks = [writer.settle(Ack(seq)) for seq in (1, 2)]
+            stored = writer.append([_event("c")])
+        await stored
 
         assert [ack.done() for ack in acks] == [True, True]
-        assert writer.commits - before == 1
+        assert writer.commits - before == 2  # what kept it busy, and they
         assert (await reader.ledger()).delivered == 2
 
 
@@ -367,10 +371,10 @@ async def test_a_full_quota_refuses_with_its_numbers_until_there_is_room(outbox:
     ):
         stored = await _fill(writer, size=4000)
         assert 30 < stored < 60
-        assert writer.used_bytes <= quota
+        assert await used_bytes(writer) <= quota
         with pytest.raises(OutboxFullError) as refusal:
             await writer.append([_event("refused", size=4000)])
-        assert f"holds {writer.used_bytes} of {quota} bytes" in str(refusal.value)
+        assert f"holds {await used_bytes(writer)} of {quota} bytes" in str(refusal.value)
         assert writer.full == str(refusal.value)
         assert (await reader.ledger()).pending == stored
 
@@ -428,7 +432,7 @@ async def test_drop_oldest_keeps_the_newest_and_counts_what_it_dropped(outbox: P
     ):
         for i in range(300):
             assert await writer.append([_event(f"id{i}", size=4000)]) == [Appended.STORED]
-            assert writer.used_bytes <= quota
+            assert await used_bytes(writer) <= quota
 
         heads = await reader.scan(after=0, limit=1000)
         kept = len(heads)
@@ -446,7 +450,7 @@ async def test_drop_oldest_does_not_drop_what_was_delivered(outbox: Path) -> Non
         reader,
     ):
         stored = 0
-        while writer.used_bytes < 240 * 1024:
+        while await used_bytes(writer) < 240 * 1024:
             await writer.append([_event(f"id{stored}", size=4000)])
             stored += 1
         for seq in range(1, stored + 1):
@@ -468,7 +472,7 @@ async def test_an_event_that_can_never_fit_is_refused_and_drops_nothing(outbox: 
             await writer.append([_event("too large", size=2 * quota)])
 
         assert (await reader.ledger()).evicted == 0
-        assert writer.used_bytes <= quota
+        assert await used_bytes(writer) <= quota
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from outboxes import used_bytes
 
 from agent.event import Event
 from agent.outbox.reader import Reader, open_own_reader
@@ -265,10 +266,10 @@ async def test_the_file_shrinks_after_a_large_backlog_was_drained(tmp_path: Path
     async with _opened(path) as outbox:
         for first in range(0, 1000, 100):
             await outbox.append(*(f"id{first + i}" for i in range(100)), size=16_000)
-        full_bytes = outbox.writer.used_bytes
+        full_bytes = await used_bytes(outbox.writer)
         await outbox.ack_all()
         await tend(outbox.writer, outbox.clock, WEEK)
-        drained_bytes = outbox.writer.used_bytes
+        drained_bytes = await used_bytes(outbox.writer)
         ledger = await outbox.reader.ledger()
 
     assert full_bytes > 16_000_000

@@ -6,6 +6,7 @@ back and forth between event loop and thread for each statement took longer than
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import sqlite3
@@ -19,7 +20,7 @@ import aiosqlite
 from agent.errors import OutboxDamagedError, OutboxError
 from agent.outbox import schema
 from agent.outbox.ids import id_hash
-from agent.outbox.store import Space, Store
+from agent.outbox.store import Store
 
 T = TypeVar("T")
 
@@ -50,8 +51,6 @@ class Database:
     def __init__(self, connection: _Connection, store: Store) -> None:
         self._connection = connection
         self._store = store
-        self.space = Space(used=0, free=0)
-        """What the database took after the last commit."""
 
     @property
     def withdrawn(self) -> int:
@@ -63,13 +62,32 @@ class Database:
 
         Whatever *verb* raises undoes what it did. Raises `sqlite3.Error` if it cannot be stored.
         """
-        return await self._connection.run(lambda db: self._transact(db, verb))
+        return await self._connection.submit(lambda db: self._transact(db, verb))
+
+    def transact_all(
+        self,
+        next_verb: Callable[[], Callable[[Store], T] | None],
+        committed: Callable[[T], None],
+    ) -> asyncio.Future[None]:
+        """Run one verb after another, each in a transaction, until *next_verb* has no more.
+
+        It starts at once and does not come back to the event loop in between: a loop that is busy
+        with requests would keep the disk waiting. *next_verb* is called in the connection's thread,
+        *committed* in the event loop, with each result once its commit is synced. The future is done
+        when all are; it raises what the last one raised.
+        """
+        loop = asyncio.get_running_loop()
+
+        def work(db: sqlite3.Connection) -> None:
+            while (verb := next_verb()) is not None:
+                loop.call_soon_threadsafe(committed, self._transact(db, verb))
+
+        return self._connection.submit(work)
 
     def _transact(self, db: sqlite3.Connection, verb: Callable[[Store], T]) -> T:
         db.execute("BEGIN IMMEDIATE")
         try:
             result = verb(self._store)
-            space = self._store.space()
             db.commit()
         except BaseException:
             if db.in_transaction:  # SQLite may have rolled it back already
@@ -77,7 +95,6 @@ class Database:
             self._store.rolled_back()
             raise
         self._store.committed()
-        self.space = space
         return result
 
     async def prove(self) -> None:
@@ -98,7 +115,7 @@ class Database:
             before()
             db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
 
-        await self._connection.run(work)
+        await self._connection.submit(work)
 
     async def close(self) -> None:
         await self._connection.close()
@@ -107,12 +124,11 @@ class Database:
 class _Connection(aiosqlite.Connection):
     """aiosqlite's, with one more way to use its thread."""
 
-    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def submit(self, work: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
         """Run *work* in the connection's thread, as every other method does with its own."""
-        result: T = await self._execute(  # type: ignore[no-untyped-call]
-            lambda: work(self._conn)
-        )
-        return result
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._tx.put_nowait((done, lambda: work(self._conn)))
+        return done
 
 
 async def connect(path: Path) -> Database:
@@ -133,7 +149,7 @@ async def connect(path: Path) -> Database:
     except (OSError, sqlite3.Error) as exc:
         raise _cannot_open(path, exc) from exc
     try:
-        return Database(connection, await connection.run(lambda db: _prepare(db, path)))
+        return Database(connection, await connection.submit(lambda db: _prepare(db, path)))
     except (sqlite3.Error, UnicodeDecodeError) as exc:
         await _give_up(connection)
         # Ours, but a table or column is not what the version says: damage, too.

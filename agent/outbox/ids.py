@@ -47,7 +47,9 @@ SELECT 1
 
 _INDEX = """
 INSERT INTO known (id_hash, seq)
-VALUES (:id_hash, :seq)
+SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]')
+  FROM json_each(:entries)
+ WHERE TRUE
     ON CONFLICT DO NOTHING
 """
 
@@ -119,8 +121,7 @@ class KnownIds:
 
     def index(self, ids: Iterable[tuple[str, int]]) -> None:
         """Know events that are not new, as (messageId, seq): they go to the disk at once."""
-        rows = sorted((id_hash(message_id), seq) for message_id, seq in ids)
-        self._db.executemany(_INDEX, [{"id_hash": key, "seq": seq} for key, seq in rows])
+        self._index(sorted((id_hash(message_id), seq) for message_id, seq in ids))
 
     def forget(self, ids: Iterable[tuple[str, int]]) -> None:
         """Forget events that are gone or have another seq now, as (messageId, old seq)."""
@@ -143,16 +144,19 @@ class KnownIds:
         gone = {
             message_id for message_id, seq in self._gone if self._merging.get(message_id) == seq
         }
-        self._db.executemany(
-            _INDEX,
+        self._index(
             [
-                {"id_hash": key, "seq": self._merging[message_id]}
+                (key, self._merging[message_id])
                 for key, message_id in reversed(self._unmerged[-self._merged :])
                 if message_id in self._merging and message_id not in gone
-            ],
+            ]
         )
         if self._merged == len(self._unmerged):
             self._db.execute(_SET_INDEXED, {"upto": self._merging_upto})
+
+    def _index(self, entries: list[tuple[int, int]]) -> None:
+        # One statement: `executemany` waits for the interpreter lock at each row.
+        self._db.execute(_INDEX, {"entries": msgspec.json.encode(entries).decode()})
 
     def committed(self) -> None:
         """The transaction holds."""

@@ -94,6 +94,18 @@ class _Settle:
     done: asyncio.Future[None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What is committed together."""
+
+    appends: list[_Append]
+    settles: list[_Settle]
+
+
+_Results = list[list[Appended] | OutboxFullError]
+"""What became of each append of a group, or why it was refused."""
+
+
 @dataclass(slots=True)
 class _Perform(Generic[T]):
     verb: Callable[[Store], T]
@@ -126,6 +138,9 @@ class Writer:
         self._queued_bytes = 0
         self._wake = asyncio.Event()
         self._stopping = False
+        self._committing: asyncio.Future[None] | None = None
+        self._group = _Group([], [])
+        """What was taken last, in the database's thread: what a failure is about."""
         self._busy = False
         self._damage: str | None = None
         self._db: Database | None = None
@@ -153,14 +168,14 @@ class Writer:
         self._queued_events += len(events)
         self._queued_bytes += body_bytes
         self._appends.append(job)
-        self._wake.set()
+        self._begin()
         return job.done
 
     def settle(self, settlement: Settlement) -> asyncio.Future[None]:
         """Record what became of an attempt; the future resolves when that is synced."""
         job = _Settle(settlement, asyncio.get_running_loop().create_future())
         self._settles.append(job)
-        self._wake.set()
+        self._begin()
         return job.done
 
     async def perform(self, verb: Callable[[Store], T]) -> T:
@@ -184,17 +199,13 @@ class Writer:
         return self.fault is None and (self._busy or self._waiting())
 
     def _waiting(self) -> bool:
-        return bool(self._appends or self._settles or self._performs)
+        waits = self._appends or self._settles or self._performs
+        return bool(waits) or self._committing is not None
 
     @property
     def withdrawn(self) -> int:
         """How many pending events were evicted or expired since the outbox was opened."""
         return 0 if self._db is None else self._db.withdrawn
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the database in use, after the last commit."""
-        return 0 if self._db is None else self._db.space.used
 
     def suspect(self, damage: str) -> None:
         """A reader met damage: begin anew with an empty database, and salvage the damaged one."""
@@ -218,7 +229,7 @@ class Writer:
         while True:
             await self._await_work()
             while self.fault is not None or self._damage is not None or self._waiting():
-                if self.fault is None and self._damage is not None:
+                if self._damage is not None and self.fault is None and self._committing is None:
                     self._break(self._damage)
                 elif self.fault is None:
                     await self._turn()
@@ -250,16 +261,51 @@ class Writer:
             if not database.is_full(exc):
                 self._fault(exc)
 
+    def _begin(self) -> None:
+        """Let the disk begin with what is there now, not when the event loop has a moment."""
+        if self._committing is None and self._may_begin():
+            self._committing = self._commit_groups()
+        self._wake.set()
+
+    def _may_begin(self) -> bool:
+        sound = self.fault is None and self._damage is None and self._db is not None
+        return sound and self._room.reserve.held and not self._busy
+
+    def _commit_groups(self) -> asyncio.Future[None]:
+        return self._database.transact_all(self._next_group, self._conclude)
+
     async def _turn(self) -> None:
-        appends = self._take_appends()
-        settles = self._take_settles()
         self._busy = True
-        if appends or settles:
-            await self._commit_group(appends, settles)
-        if settles and not self._room.reserve.held:
+        if self._committing is not None or self._appends or self._settles:
+            await self._follow_groups()
+        if not self._room.reserve.held:
             await self._begin_log_again()
         while self._performs and self.fault is None:
             await self._commit_verb(self._performs.popleft())
+
+    async def _follow_groups(self) -> None:
+        self._committing = self._committing or self._commit_groups()
+        try:
+            await self._committing
+        except sqlite3.Error as exc:
+            await self._recover(exc)
+        finally:
+            self._committing = None
+
+    def _next_group(self) -> Callable[[Store], tuple[_Group, _Results]] | None:
+        """Take what waits now; None where nothing does, or something else has its turn.
+
+        Called in the database's thread.
+        """
+        first = not self._group.appends and not self._group.settles
+        self._room.committed()  # or we would not be asked for another
+        if not first and (self._performs or not self._room.reserve.held):
+            self._group = _Group([], [])
+            return None
+        self._group = group = _Group(self._take_appends(), self._take_settles())
+        if not group.appends and not group.settles:
+            return None
+        return lambda store: (group, self._apply(store, group))
 
     def _take_appends(self) -> list[_Append]:
         taken: list[_Append] = []
@@ -267,8 +313,6 @@ class Writer:
         while self._appends and group_bytes < GROUP_BYTES:
             job = self._appends.popleft()
             group_bytes += job.body_bytes
-            self._queued_events -= len(job.events)
-            self._queued_bytes -= job.body_bytes
             taken.append(job)
         return taken
 
@@ -282,37 +326,52 @@ class Writer:
         with suppress(sqlite3.Error):
             await self._database.begin_log_again(before)
 
-    async def _commit_group(self, appends: list[_Append], settles: list[_Settle]) -> None:
-        calls = [job.events for job in appends]
-        settlements = [job.settlement for job in settles]
-        try:
-            results = await self._transact(lambda store: self._apply(store, calls, settlements))
-        except sqlite3.Error as exc:
-            self._settles.extendleft(reversed(settles))
-            if not database.is_full(exc):
-                self._fault(exc)
-                _fail(appends, OutboxUnavailableError(self.fault))
-            elif appends:
-                # The settlements are tried again without them.
-                _fail(appends, self._room.disk_full())
+    def _conclude(self, committed: tuple[_Group, _Results]) -> None:
+        """Answer those who waited for a commit that is synced."""
+        group, results = committed
+        self.commits += 1
+        self._forget_queued(group)
+        for job, result in zip(group.appends, results, strict=True):
+            if isinstance(result, OutboxFullError):
+                _reject(job.done, result)
             else:
-                await self._wait_for_disk()
-        else:
-            _answer(appends, results)
-            for settle in settles:
-                _resolve(settle.done, None)
-            if any(isinstance(result, list) and Appended.STORED in result for result in results):
-                self._room.full = None
-                self.appended.set()
+                _resolve(job.done, result)
+        for settle in group.settles:
+            _resolve(settle.done, None)
+        if any(isinstance(result, list) and Appended.STORED in result for result in results):
+            self._room.full = None
+            self.appended.set()
 
-    def _apply(
-        self, store: Store, calls: list[Sequence[Event]], settlements: list[Settlement]
-    ) -> list[list[Appended] | OutboxFullError]:
-        """Carry out a group; return what became of each call's events, or why it was refused."""
-        if settlements:
-            store.settle(settlements, now_ms=self._clock.wall_ms(), remember=self._policy.remember)
-        if not calls:
+    async def _recover(self, exc: sqlite3.Error) -> None:
+        """Carry on after a group that could not be committed."""
+        self._room.rolled_back()
+        group, self._group = self._group, _Group([], [])
+        self._settles.extendleft(reversed(group.settles))
+        self._forget_queued(group)
+        if not database.is_full(exc):
+            self._fault(exc)
+            _fail(group.appends, OutboxUnavailableError(self.fault))
+        elif group.appends:
+            # The settlements are tried again without them.
+            _fail(group.appends, self._room.disk_full())
+        else:
+            await self._wait_for_disk()
+
+    def _forget_queued(self, group: _Group) -> None:
+        self._queued_events -= sum(len(job.events) for job in group.appends)
+        self._queued_bytes -= sum(job.body_bytes for job in group.appends)
+
+    def _apply(self, store: Store, group: _Group) -> _Results:
+        """Carry out a group, in its transaction."""
+        if group.settles:
+            store.settle(
+                [job.settlement for job in group.settles],
+                now_ms=self._clock.wall_ms(),
+                remember=self._policy.remember,
+            )
+        if not group.appends:
             return []
+        calls = [job.events for job in group.appends]
         refusals = self._room.admit(store, calls)
         admitted = [
             event
@@ -511,14 +570,6 @@ def _has_survivors(path: Path) -> bool:
     from agent.outbox.salvage import surviving  # noqa: PLC0415  # seldom needed
 
     return any(True for _ in surviving(path))
-
-
-def _answer(jobs: list[_Append], results: list[list[Appended] | OutboxFullError]) -> None:
-    for job, result in zip(jobs, results, strict=True):
-        if isinstance(result, OutboxFullError):
-            _reject(job.done, result)
-        else:
-            _resolve(job.done, result)
 
 
 def _fail(jobs: Iterable[_Append], exc: OutboxError) -> None:
