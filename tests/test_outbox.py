@@ -682,8 +682,6 @@ async def test_acks_that_did_not_fit_are_written_when_there_is_room(small_disk: 
         stored = await _fill(writer)
         filler = _occupy(small_disk)
         acks = [writer.settle(Ack(seq)) for seq in range(1, stored + 1)]
-        with pytest.raises(OutboxFullError):
-            await writer.append([_event("refused", size=50_000)])
         filler.unlink()
         await asyncio.wait(acks, timeout=LIMIT_S)
 
@@ -906,7 +904,7 @@ def test_a_damaged_outbox_is_set_aside_and_a_new_one_begun(outbox: Path) -> None
     outbox.write_bytes(pages)
 
     assert _open_in_a_process(outbox).endswith("opened\n")
-    assert [path.read_bytes() for path in outbox.parent.glob("*.damaged-*")] == [bytes(pages)]
+    assert [path.read_bytes() for path in outbox.parent.glob("*.damaged-*[0-9]")] == [bytes(pages)]
 
 
 def test_a_folder_in_place_of_the_outbox_is_refused(outbox: Path) -> None:
@@ -970,7 +968,7 @@ async def raw(outbox: Path) -> AsyncIterator[sqlite3.Connection]:
         "UPDATE ledger SET last_seq = -1",
         "UPDATE ledger SET indexed_upto = last_seq + 1",
         "UPDATE ledger SET paused = 2",
-        "INSERT INTO salvage (name, state, found_ms) VALUES ('damaged', 'hopeful', 0)",
+        "INSERT INTO salvage (name, state, found_ms, floor) VALUES ('damaged', 'hopeful', 0, 0)",
     ],
 )
 async def test_the_database_refuses(raw: sqlite3.Connection, statement: str) -> None:

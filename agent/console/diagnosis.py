@@ -165,8 +165,7 @@ def _salvaged(salvage: Salvage) -> Finding:
             return Finding(
                 Level.GRAVE if salvage.lost else Level.PASSING,
                 f"a damaged outbox was set aside: {back}",
-                "check the disk; delete that file and its -wal when you need neither, and this"
-                " note goes with the next start",
+                "check the disk; delete that file and its -wal when you need neither",
             )
         case "failed":
             return Finding(

@@ -128,6 +128,8 @@ class Forwarder:
         self._ambiguous = 0
         self._withdrawn = 0
         self._stale_upto = 0
+        self._stale = False
+        """Whether the lanes are of a database that was replaced since."""
         self._last_error: str | None = None
         self._last_error_ms: int | None = None
 
@@ -170,7 +172,7 @@ class Forwarder:
             return "unconfigured", self._unconfigured
         if self._paused:
             return "paused", "paused by a person; tranthor-agent resume ends it"
-        if self._writer.unsalvaged:
+        if self._writer.rescuing:
             return "backing_off", "events of a damaged outbox are being read back; they go first"
         match self._breaker.state:
             case Open(_, _, why) | HalfOpen(Open(_, _, why)):
@@ -221,8 +223,15 @@ class Forwarder:
             await asyncio.sleep(_READ_AGAIN_S)
 
     async def _read_on(self) -> None:
-        if self._writer.unsalvaged:  # what comes back is older than what was accepted since
+        if self._writer.rescuing:  # what comes back is older than what was accepted since
+            self._stale = True
             return
+        if self._stale:
+            if self._in_flight or self._unsettled:
+                return  # they belong to what was read before
+            self._lanes = Lanes(ordered=self._plan.ordered)
+            self._trials.clear()
+            self._stale, self._scan_due = False, True
         lanes = self._lanes
         while (starved := lanes.starved()) is not None:
             key, last_seq = starved
@@ -237,7 +246,7 @@ class Forwarder:
                 self._wake.set()
 
     def _take(self, now_s: float) -> tuple[Head, Ticket] | None:
-        if self._stopping or self._writer.unsalvaged or self._unsettled >= UNSETTLED:
+        if self._stopping or self._writer.rescuing or self._stale or self._unsettled >= UNSETTLED:
             return None
         due_at_s = self._due_at_s()
         if due_at_s is None or due_at_s > now_s:
@@ -295,6 +304,8 @@ class Forwarder:
     async def _attempt(self, upstream: Upstream, head: Head, ticket: Ticket) -> None:
         try:
             body = await self._body(head)
+            if body is None and self._writer.rescuing:
+                raise OutboxError("its database is being replaced")  # noqa: TRY301  # as if unreadable
             if body is None:  # evicted or expired since it was read
                 self._breaker.cancel(ticket, self._clock.monotonic_s())
                 self._finish(head)

@@ -164,6 +164,13 @@ class Connection(asyncio.Protocol):
                 transport.close()
 
     def _ask(self, request: Request) -> None:
+        if "content-encoding" in request.headers:
+            # Not when it was read: pipelined requests would be inflated all at once.
+            body = self._shared.guard.inflate(request.body, request.headers["content-encoding"])
+            if isinstance(body, Answer):
+                self._send(body)
+                return
+            request = msgspec.structs.replace(request, body=body)
         try:
             reply = self._handler(request)
         except Exception as exc:  # noqa: BLE001  # a bug is a 500 instead of a dead connection

@@ -258,7 +258,9 @@ class Reader:
                 data = memoryview(data)[exc.args[0] :]
             else:
                 return
-            self._parser.feed_data(self._head_without_offer())
+            head = self._head_without_offer()
+            self._parser = httptools.HttpRequestParser(self)  # the old one may be done for good
+            self._parser.feed_data(head)
 
     def _head_without_offer(self) -> bytes:
         del self._headers["upgrade"]
@@ -285,17 +287,12 @@ class Reader:
         method, headers = self._method, self._headers
         if method == "OPTIONS" and "access-control-request-method" in headers:
             return Answer(status=204)  # the preflight of an allowed page; cors says what it may
-        body: bytes | Answer = b"".join(self._chunks)
-        if "content-encoding" in headers:
-            body = self._guard.inflate(b"".join(self._chunks), headers["content-encoding"])
-        if isinstance(body, Answer):
-            return body
         return Request(
             method="GET" if method == "HEAD" else method,
             path=self._path,
             query=_first_of_each(self._query) if self._query else {},
             headers=headers,
-            body=body,
+            body=b"".join(self._chunks),
         )
 
     def _forget_body(self) -> None:

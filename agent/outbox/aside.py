@@ -1,42 +1,49 @@
 """Moving a damaged database out of the way, so that a crash at any moment loses no part of it.
 
-A set is `outbox.db.damaged-<Unix ms>` with its `-wal`, as SQLite would look for it.
+outbox.db.damaged-<Unix ms>             the database, with its -wal as SQLite would look for it
+outbox.db.damaged-<Unix ms>.moving      while it is on its way: the next start goes on
+outbox.db.damaged-<Unix ms>.salvaged    once all that could be read of it was put back
 """
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-_MARK = ".damaged-"
+_MOVING = ".moving"
+_SALVAGED = ".salvaged"
 
 
 def set_aside(outbox: Path, now_ms: int) -> str:
     """Move *outbox* and its log; return the new name of the database. Raises `OSError`."""
-    name = f"{outbox.name}{_MARK}{now_ms}"
-    # The log first: left beside a new database, SQLite would write its pages into that.
-    _move(_log_of(outbox), _log_of(outbox.with_name(name)))
-    _finish(outbox, name)
+    name = f"{outbox.name}.damaged-{now_ms}"
+    outbox.with_name(f"{name}{_MOVING}").touch(mode=0o640)
+    sync_folder(outbox.parent)
+    _move(outbox, name)
     return name
 
 
-def sets_beside(outbox: Path) -> list[str]:
-    """Return the names of what was set aside, the oldest first; ends a move that was cut off."""
-    prefix = f"{outbox.name}{_MARK}"
-    names = {
-        entry.name.removesuffix("-wal")
-        for entry in outbox.parent.iterdir()
-        if entry.name.startswith(prefix)
-    }
-    for name in names:
-        if not outbox.with_name(name).exists():
-            _finish(outbox, name)
-    return sorted(names)
+def finish_moves(outbox: Path) -> None:
+    """Go on where a `set_aside` was cut off. To be called before *outbox* is opened."""
+    for name in _names(outbox, _MOVING):
+        _move(outbox, name)
 
 
-def _finish(outbox: Path, name: str) -> None:
-    _move(outbox, outbox.with_name(name))
-    outbox.with_name(f"{outbox.name}-shm").unlink(missing_ok=True)
+def unsalvaged_sets(outbox: Path) -> list[str]:
+    """Return the names of the databases set aside that were not read back yet, the oldest first."""
+    done = set(_names(outbox, _SALVAGED))
+    return [name for name in _names(outbox, "") if name not in done]
+
+
+def count_sets(outbox: Path) -> int:
+    """Return how many databases were set aside so far, as far as they lie there."""
+    return len(_names(outbox, ""))
+
+
+def mark_salvaged(outbox: Path, name: str) -> None:
+    """Remember that *name* needs no reading any more, whatever database comes next."""
+    outbox.with_name(f"{name}{_SALVAGED}").touch(mode=0o640)
     sync_folder(outbox.parent)
 
 
@@ -49,10 +56,19 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _move(source: Path, target: Path) -> None:
-    if source.exists():
-        source.rename(target)
+def _names(outbox: Path, suffix: str) -> list[str]:
+    pattern = re.compile(rf"({re.escape(outbox.name)}\.damaged-\d+){re.escape(suffix)}")
+    found = (pattern.fullmatch(entry.name) for entry in outbox.parent.iterdir())
+    return sorted(match[1] for match in found if match)
 
 
-def _log_of(database: Path) -> Path:
-    return database.with_name(f"{database.name}-wal")
+def _move(outbox: Path, name: str) -> None:
+    # The log first: left beside a new database, SQLite would write its pages into that.
+    for suffix in ("-wal", ""):
+        source = outbox.with_name(f"{outbox.name}{suffix}")
+        target = outbox.with_name(f"{name}{suffix}")
+        if source.exists() and not target.exists():
+            source.rename(target)
+    outbox.with_name(f"{outbox.name}-shm").unlink(missing_ok=True)
+    sync_folder(outbox.parent)
+    outbox.with_name(f"{name}{_MOVING}").unlink(missing_ok=True)

@@ -42,6 +42,14 @@ _CHECKED_PAGES = 8_192
 """A database up to this size is checked whole when it is opened: tens of milliseconds. In a larger
 one damage is found where it is met."""
 
+_SOUND_LEDGER = """
+SELECT accepted = delivered + pending + dead + discarded
+   AND last_seq >= (SELECT COALESCE(MAX(seq), 0) FROM event)
+   AND last_seq >= (SELECT COALESCE(MAX(seq), 0) FROM pending)
+   AND indexed_upto <= last_seq
+  FROM ledger
+"""
+
 _DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 
@@ -51,6 +59,11 @@ class Database:
     def __init__(self, connection: _Connection, store: Store) -> None:
         self._connection = connection
         self._store = store
+
+    @property
+    def last_seq(self) -> int:
+        """The highest seq ever given."""
+        return self._store.last_seq
 
     @property
     def withdrawn(self) -> int:
@@ -131,8 +144,10 @@ class _Connection(aiosqlite.Connection):
         return done
 
 
-async def connect(path: Path) -> Database:
+async def connect(path: Path, *, first: bool = True) -> Database:
     """Return the write connection to *path*, made or migrated as need be.
+
+    *first* says that this process has no other connection to it.
 
     Raises `OutboxDamagedError` for a damaged outbox of ours. Raises `OutboxError`, and leaves the
     file as it was, if it is another program's, of a newer version, or may not be written.
@@ -140,7 +155,9 @@ async def connect(path: Path) -> Database:
     try:
         _make_private(path)
         _clear_remains(path)
-        _check_log(path)
+        if first:
+            # Never beside another connection: to close the file would drop the locks SQLite has on it.
+            _check_log(path)
         connection = _Connection(
             lambda: sqlite3.connect(path, isolation_level=None, timeout=_BUSY_TIMEOUT_S),
             iter_chunk_size=64,
@@ -171,7 +188,13 @@ def is_damage(exc: Exception) -> bool:
     )
 
 
-def is_full(exc: sqlite3.Error) -> bool:
+def is_odd(exc: Exception) -> bool:
+    """Return whether the rows contradict each other, or are not what their columns say."""
+    constraint = getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CONSTRAINT
+    return constraint or not isinstance(exc, sqlite3.Error)
+
+
+def is_full(exc: Exception) -> bool:
     """Return whether there was no room on the disk."""
     return getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
 
@@ -227,8 +250,8 @@ def _check_log(path: Path) -> None:
 
 def _check(db: sqlite3.Connection, path: Path) -> None:
     """Look for damage, as far as that takes no time. Raises `OutboxDamagedError`."""
-    if _value(db, "SELECT COUNT(*) FROM ledger") != 1:
-        raise OutboxDamagedError(f"{path}: damaged (no ledger)")
+    if db.execute(_SOUND_LEDGER).fetchall() != [(1,)]:
+        raise OutboxDamagedError(f"{path}: damaged (its ledger does not add up)")
     if _value(db, "PRAGMA page_count") <= _CHECKED_PAGES:
         verdict = _value(db, "PRAGMA quick_check(1)")
         if verdict != "ok":

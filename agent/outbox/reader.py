@@ -237,9 +237,11 @@ class Reader:
         return [_receipt(row) for row in rows]
 
     async def salvage(self) -> Salvage | None:
-        """Return what came of the last damaged database; None if there never was one."""
+        """Return what came of the last damaged database, as long as it lies there."""
         rows = await self._fetch(_SALVAGE)
-        return Salvage(*rows[0]) if rows else None
+        known = Salvage(*rows[0]) if rows else None
+        # Once a person has deleted the file, they need no reminding.
+        return known if known and self.path.with_name(known.moved_to).exists() else None
 
     async def _fetch(self, sql: str, **values: Any) -> list[sqlite3.Row]:
         try:

@@ -12,25 +12,31 @@ ends in the middle, and not once it is done.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
-from agent.errors import OutboxError, OutboxUnavailableError
-from agent.outbox import restore
+from agent.errors import OutboxError, OutboxFullError, OutboxUnavailableError
+from agent.outbox import aside, restore
+from agent.outbox.store import Store
 from agent.outbox.writer import Writer
 
 if TYPE_CHECKING:
     from agent.outbox.salvage import Survivor
+
+T = TypeVar("T")
 
 _CHUNK_BYTES = 512 * 1024
 _CHUNK_ROWS = 512
 """Bodies and rows restored in one transaction, so that events are stored in between."""
 
 _RETRY_S = 1.0
-"""How long an outbox that failed meanwhile is left alone."""
+_RETRIES = 60
+"""How long, and how often, an outbox that fails or is full meanwhile is left alone. Not for ever: on
+a full disk it is delivery that makes room, and that waits for us."""
 
 log = structlog.get_logger()
 
@@ -47,6 +53,7 @@ async def salvage_damaged(writer: Writer) -> None:
 async def _salvage(writer: Writer, name: str) -> None:
     try:
         counts = await _read_back(writer, name)
+        aside.mark_salvaged(writer.path, name)
     except Exception:
         # Whatever it was, a bug in the reading of strange bytes, too: the agent has to run on. The
         # set stays where it is, and the next start tries again; to wait here would hold delivery.
@@ -66,18 +73,18 @@ async def _read_back(writer: Writer, name: str) -> dict[str, int]:
         found = await asyncio.to_thread(stack.enter_context, survey(path))
         rows = found.rows()
         while chunk := await asyncio.to_thread(_chunk, rows):
-            await _restore(writer, name, chunk)
-        return await writer.perform(lambda store: restore.end(store, name, found.report))
+            await _patiently(writer, partial(restore.restore, name=name, survivors=chunk))
+        return await _patiently(writer, partial(restore.end, name=name, report=found.report))
 
 
-async def _restore(writer: Writer, name: str, chunk: list[Survivor]) -> None:
-    while True:
+async def _patiently(writer: Writer, verb: Callable[[Store], T]) -> T:
+    """Run *verb*; an outbox that is full or fails is tried again for a while."""
+    for _ in range(_RETRIES):
         try:
-            await writer.perform(lambda store: restore.restore(store, name, chunk))
-        except OutboxUnavailableError:
+            return await writer.perform(verb)
+        except (OutboxUnavailableError, OutboxFullError):
             await asyncio.sleep(_RETRY_S)
-        else:
-            return
+    return await writer.perform(verb)
 
 
 def _chunk(rows: Iterator[Survivor]) -> list[Survivor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 LARGEST_BYTES = 16 * 1024 * 1024
@@ -36,7 +37,7 @@ class Reserve:
             try:
                 self._allocate()
             except OSError as exc:
-                self._path.unlink(missing_ok=True)
+                self._remove()
                 # A filesystem that cannot allocate is not a full one: then there is no reserve.
                 self.held = exc.errno not in {errno.ENOSPC, errno.EDQUOT}
             else:
@@ -46,8 +47,12 @@ class Reserve:
     def release(self) -> bool:
         """Let the space go; return False if there was none left."""
         released, self.held = self.held, False
-        self._path.unlink(missing_ok=True)
+        self._remove()
         return released
+
+    def _remove(self) -> None:
+        with suppress(OSError):  # a filesystem that is read-only now keeps what it keeps
+            self._path.unlink(missing_ok=True)
 
     def _allocate(self) -> None:
         disk = os.statvfs(self._path.parent)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from agent.outbox.records import State
+from agent.outbox.records import Ack, State
 from agent.outbox.store import Store
 
 if TYPE_CHECKING:  # loaded only where a damaged database is read: see rescue
@@ -24,8 +24,8 @@ UPDATE ledger
 """
 
 _FOUND = """
-INSERT INTO salvage (name, state, found_ms)
-VALUES (:name, 'running', :now_ms)
+INSERT INTO salvage (name, state, found_ms, floor)
+VALUES (:name, 'running', :now_ms, :floor)
     ON CONFLICT DO NOTHING
 """
 
@@ -34,16 +34,6 @@ SELECT name
   FROM salvage
  WHERE state <> 'done'
  ORDER BY found_ms
-"""
-
-_NAMES = """
-SELECT name
-  FROM salvage
-"""
-
-_UNNOTE = """
-DELETE FROM salvage
- WHERE name = :name
 """
 
 _HAS_SEQ = """
@@ -102,6 +92,18 @@ UPDATE salvage
  WHERE name = :name
 """
 
+_FLOOR = """
+SELECT floor
+  FROM salvage
+ WHERE name = :name
+"""
+
+_IS_PENDING = """
+SELECT 1
+  FROM pending
+ WHERE seq = :seq
+"""
+
 _SALVAGED = """
 SELECT pending, dead, delivered
   FROM salvage
@@ -109,29 +111,37 @@ SELECT pending, dead, delivered
 """
 
 
-def start_above(store: Store, floor: int) -> None:
-    """Give seqs above *floor* from now on, so that those of an older database stay free."""
-    store.last_seq = max(store.last_seq, floor)
-    store.change(_START_ABOVE, floor=store.last_seq)
+def note_sets(store: Store, names: Sequence[str], *, now_ms: int, floor: int) -> list[str]:
+    """Remember these damaged sets; return those to salvage, the oldest first.
 
-
-def note_sets(store: Store, names: Sequence[str], *, now_ms: int) -> list[str]:
-    """Remember these damaged sets and no others; return those to salvage, the oldest first."""
-    for (name,) in store.fetch(_NAMES):
-        if name not in names:  # a person has deleted it
-            store.change(_UNNOTE, name=name)
-    store.change_each(_FOUND, [{"name": name, "now_ms": now_ms} for name in names])
-    return [name for (name,) in store.fetch(_UNSALVAGED)]
+    Where one is new, so is this database: from now on it gives seqs above *floor*, so that the ones
+    of older databases stay free.
+    """
+    found = store.change_each(
+        _FOUND, [{"name": name, "now_ms": now_ms, "floor": floor} for name in names]
+    )
+    if found > 0:
+        store.last_seq = max(store.last_seq, floor)
+        store.change(_START_ABOVE, floor=store.last_seq)
+    return [name for (name,) in store.fetch(_UNSALVAGED) if name in names]
 
 
 def restore(store: Store, name: str, survivors: Sequence[Survivor]) -> None:
     """Put back the events among *survivors* that are not known here, with the seqs they had."""
+    ((floor,),) = store.fetch(_FLOOR, name=name)
     known = store.ids.find([survivor.message_id for survivor in survivors])
+    taken: set[int] = set()
     rows: dict[State, list[dict[str, Any]]] = {"pending": [], "dead": [], "delivered": []}
+    delivered: list[Ack] = []
     for survivor in survivors:
-        if survivor.message_id not in known:  # else restored already, or sent again by its app
-            rows[survivor.state].append(_row(store, survivor))
-            known[survivor.message_id] = survivor.seq
+        seq = known.get(survivor.message_id)
+        if seq is None:
+            row = _row(store, survivor, floor=floor, taken=taken)
+            rows[survivor.state].append(row)
+            known[survivor.message_id] = row["seq"]
+        elif survivor.state == "delivered" and store.fetch(_IS_PENDING, seq=seq):
+            # Sent again by its app meanwhile, or read as pending from an older set.
+            delivered.append(Ack(seq))
     everything = [row for state in rows.values() for row in state]
     store.change_each(_RESTORE_EVENT, everything)
     store.change_each(_RESTORE_PENDING, rows["pending"])
@@ -139,15 +149,21 @@ def restore(store: Store, name: str, survivors: Sequence[Survivor]) -> None:
     store.ids.index((row["message_id"], row["seq"]) for row in everything)
     counts = {state: len(some) for state, some in rows.items()}
     store.change(_COUNT_RESTORED, last_seq=store.last_seq, **counts)
+    counts["delivered"] += len(delivered)
     store.change(_NOTE_RESTORED, name=name, **counts)
+    # No event goes out before all is read, so none of these has.
+    settled_ms = max((survivor.settled_ms or 0 for survivor in survivors), default=0)
+    store.settle(delivered, now_ms=settled_ms, remember=True)
 
 
-def _row(store: Store, survivor: Survivor) -> dict[str, Any]:
+def _row(store: Store, survivor: Survivor, *, floor: int, taken: set[int]) -> dict[str, Any]:
     row = asdict(survivor)
-    if store.fetch(_HAS_SEQ, seq=survivor.seq):
-        # Damage made two events share a seq: its place in the order is lost, the event is not.
+    sane = 0 < survivor.seq <= floor and survivor.seq not in taken
+    if not sane or store.fetch(_HAS_SEQ, seq=survivor.seq):
+        # Damage has changed it: its place in the order is lost, the event is not.
         store.last_seq += 1
         row["seq"] = store.last_seq
+    taken.add(row["seq"])
     if survivor.digest is None:
         row["digest"] = blake2b(survivor.body or b"", digest_size=16).digest()
     if row["queued_ms"] is None:

@@ -64,6 +64,9 @@ GROUP_BYTES = 4 * 1024 * 1024
 _SHORT_SETTLES = 4
 """Settlements in one transaction on a disk without room: at 5 MiB an event a few MiB of log."""
 
+_TOO_ODD = 2
+"""Contradictions between rows after which the database counts as damaged."""
+
 _SEQS_A_MS = 12
 _SEQS_A_SET = 44
 """A database that replaces a damaged one gives seqs above all that the damaged one can have given:
@@ -123,8 +126,10 @@ class Writer:
         """Set at each commit that made events pending; whoever waits for it clears it."""
         self.commits = 0
         """Transactions committed so far: the writer's progress, for the watchdog."""
+        self.rescuing = False
+        """Whether events of a damaged database are still to come back: nothing may overtake them."""
         self.unsalvaged: list[str] = []
-        """Damaged databases set aside whose events are still to come back: nothing overtakes them."""
+        """The names of these databases."""
         self.damaged = asyncio.Event()
         """Set when there is something to salvage."""
         self._owned = owned
@@ -143,6 +148,9 @@ class Writer:
         """What was taken last, in the database's thread: what a failure is about."""
         self._busy = False
         self._damage: str | None = None
+        self._first = True
+        self._last_seq = 0
+        self._contradictions = 0
         self._db: Database | None = None
 
     # --- what callers ask ---
@@ -198,8 +206,9 @@ class Writer:
         """Whether something waits that could be written: without a fault, `commits` then grows."""
         return self.fault is None and (self._busy or self._waiting())
 
-    def _waiting(self) -> bool:
-        waits = self._appends or self._settles or self._performs
+    def _waiting(self, *, performs: bool = True) -> bool:
+        settles = self._settles and not self.rescuing
+        waits = self._appends or settles or (performs and self._performs)
         return bool(waits) or self._committing is not None
 
     @property
@@ -215,6 +224,8 @@ class Writer:
     def salvaged(self, name: str) -> None:
         """Nothing more comes out of the damaged database *name*."""
         self.unsalvaged = [other for other in self.unsalvaged if other != name]
+        self.rescuing = bool(self.unsalvaged)
+        self._begin()  # with the settlements that waited for it
         self.appended.set()
 
     def stop(self) -> None:
@@ -245,7 +256,7 @@ class Writer:
 
     async def _await_work(self) -> None:
         """Wait until something is to be written; meanwhile look whether a full outbox still is."""
-        while not self._wake.is_set():
+        while not self._wake.is_set() and self.fault is None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_INTERVAL_S if self._room.full else None):
                     await self._wake.wait()
@@ -257,7 +268,7 @@ class Writer:
         try:
             if await self._transact(self._room.has_some):
                 self._room.full = None
-        except sqlite3.Error as exc:
+        except Exception as exc:  # noqa: BLE001  # as in _follow_groups
             if not database.is_full(exc):
                 self._fault(exc)
 
@@ -276,8 +287,10 @@ class Writer:
 
     async def _turn(self) -> None:
         self._busy = True
-        if self._committing is not None or self._appends or self._settles:
+        if self._committing is not None:
             await self._follow_groups()
+        if self.fault is None and self._waiting(performs=False):
+            await self._follow_groups()  # what was queued before the verbs comes before them
         if not self._room.reserve.held:
             await self._begin_log_again()
         while self._performs and self.fault is None:
@@ -287,7 +300,7 @@ class Writer:
         self._committing = self._committing or self._commit_groups()
         try:
             await self._committing
-        except sqlite3.Error as exc:
+        except Exception as exc:  # noqa: BLE001  # rows of a damaged file can make anything fail
             await self._recover(exc)
         finally:
             self._committing = None
@@ -317,7 +330,12 @@ class Writer:
         return taken
 
     def _take_settles(self) -> list[_Settle]:
-        """Take all, or few on a disk without room: to delete large events fills the log, too."""
+        """Take all, or few on a disk without room: to delete large events fills the log, too.
+
+        None while their events may not be back from a damaged database.
+        """
+        if self.rescuing:
+            return []
         limit = len(self._settles) if self._room.reserve.held else _SHORT_SETTLES
         return [self._settles.popleft() for _ in range(min(limit, len(self._settles)))]
 
@@ -342,7 +360,7 @@ class Writer:
             self._room.full = None
             self.appended.set()
 
-    async def _recover(self, exc: sqlite3.Error) -> None:
+    async def _recover(self, exc: Exception) -> None:
         """Carry on after a group that could not be committed."""
         self._room.rolled_back()
         group, self._group = self._group, _Group([], [])
@@ -400,7 +418,7 @@ class Writer:
     async def _commit_verb(self, job: _Perform[Any]) -> None:
         try:
             result = await self._transact(job.verb)
-        except sqlite3.Error as exc:
+        except Exception as exc:  # noqa: BLE001  # as in _follow_groups
             if database.is_full(exc):
                 _reject(job.done, self._room.disk_full())
             else:
@@ -434,47 +452,61 @@ class Writer:
         A damaged one of ours is set aside, and a new one begun.
         """
         damage, self._damage = self._damage, None
-        if damage is None:
-            try:
-                self._db = await database.connect(self.path)
-            except OutboxDamagedError as exc:
-                damage = str(exc)
-        if damage is not None:
-            self._db = await self._begin_anew(damage)
-        self._owned.hold(self.path)
-        self._owned.prove()
-        await self._note_sets()
+        first, self._first = self._first, False
+        try:
+            if first:
+                aside.finish_moves(self.path)
+            if damage is None:
+                damage = await self._connect(first=first)
+            if damage is not None:
+                await self._begin_anew(damage)
+            self._owned.hold(self.path)
+            self._owned.prove()
+            await self._note_sets()
+        except OSError as exc:
+            raise OutboxError(f"{self.path.parent}: {exc.strerror} ({exc.filename})") from exc
         self._room.reserve.keep()
 
-    async def _note_sets(self) -> None:
-        """Find out which damaged databases beside this one are still to be salvaged."""
-        now_ms = self._clock.wall_ms()
-        names = aside.sets_beside(self.path)
-        self.unsalvaged = await self._database.transact(
-            lambda store: restore.note_sets(store, names, now_ms=now_ms)
-        )
-        if self.unsalvaged:
-            self.damaged.set()
+    async def _connect(self, *, first: bool) -> str | None:
+        """Open the database; return what is wrong with it if it is damaged."""
+        try:
+            self._db = await database.connect(self.path, first=first)
+        except OutboxDamagedError as exc:
+            return str(exc)
+        return None
 
-    async def _begin_anew(self, damage: str) -> Database:
+    async def _begin_anew(self, damage: str) -> None:
         if not self._owned.proven and not await asyncio.to_thread(_has_survivors, self.path):
             raise OutboxError(
                 f"{damage}; it was never a tranthor-agent outbox, so it is left alone:"
                 " set outbox.path to a file of its own"
             )
-        now_ms = self._clock.wall_ms()
-        floor = max(now_ms << _SEQS_A_MS, len(aside.sets_beside(self.path)) + 1 << _SEQS_A_SET)
+        self.rescuing = True
         try:
-            name = aside.set_aside(self.path, now_ms)
+            name = aside.set_aside(self.path, self._clock.wall_ms())
         except OSError as exc:
             raise OutboxError(
                 f"{damage}; it cannot be moved aside ({exc.strerror}): move it, its -wal and its"
                 " -shm file by hand"
             ) from exc
         log.error("outbox.set_aside", path=str(self.path), moved_to=name, damage=damage)
-        db = await database.connect(self.path)
-        await db.transact(lambda store: restore.start_above(store, floor))
-        return db
+        self._db = await database.connect(self.path, first=False)
+
+    async def _note_sets(self) -> None:
+        """Find out which damaged databases beside this one are still to be salvaged."""
+        now_ms = self._clock.wall_ms()
+        names = aside.unsalvaged_sets(self.path)
+        floor = max(
+            self._last_seq,
+            now_ms << _SEQS_A_MS,
+            aside.count_sets(self.path) << _SEQS_A_SET,
+        )
+        self.unsalvaged = await self._database.transact(
+            lambda store: restore.note_sets(store, names, now_ms=now_ms, floor=floor)
+        )
+        self.rescuing = bool(self.unsalvaged)
+        if self.rescuing:
+            self.damaged.set()
 
     async def close(self) -> None:
         """Checkpoint and close; what is committed stays whatever happens here."""
@@ -489,14 +521,21 @@ class Writer:
                 if self._room.full is None:  # else the next start needs it, and could not take it
                     self._room.reserve.release()
 
-    def _fault(self, exc: sqlite3.Error) -> None:
-        if database.is_damage(exc):
+    def _fault(self, exc: Exception) -> None:
+        if database.is_odd(exc):
+            log.error("outbox.contradicted", path=str(self.path), exc_info=exc)
+            self._contradictions += 1
+        # Once may be a bug of ours. Twice it is no better than damage; but that helps once at most.
+        if database.is_damage(exc) or self._contradictions == _TOO_ODD:
             self._damage = f"{self.path}: damaged ({exc})"
-        self._break(f"{self.path}: {exc} ({getattr(exc, 'sqlite_errorname', 'SQLITE_ERROR')})")
+        name = getattr(exc, "sqlite_errorname", type(exc).__name__)
+        self._break(f"{self.path}: {exc} ({name})")
 
     def _break(self, why: str) -> None:
         """Stop acknowledging: after a failed write or sync this connection's word means nothing."""
         self.fault = why
+        self._wake.set()
+        self.rescuing = self.rescuing or self._damage is not None
         log.error("outbox.failed", path=str(self.path), error=why)
         _fail(self._appends, OutboxUnavailableError(self.fault))
         self._appends.clear()
@@ -509,6 +548,7 @@ class Writer:
         db, self._db = self._db, None
         try:
             if db is not None:
+                self._last_seq = db.last_seq
                 await db.close()
         except sqlite3.Error as exc:
             log.warning("outbox.close_failed", path=str(self.path), error=str(exc))

@@ -54,8 +54,8 @@ def synchronous_off() -> None:
 def _connect_with(pragma: str) -> None:
     connect = database.connect
 
-    async def connect_carelessly(path: Path) -> Database:
-        db = await connect(path)
+    async def connect_carelessly(path: Path, *, first: bool = True) -> Database:
+        db = await connect(path, first=first)
         await db._connection.execute_fetchall(pragma)
         return db
 
@@ -123,11 +123,11 @@ def never_reopen() -> None:
     connect = database.connect
     opened: list[Path] = []
 
-    async def connect_once(path: Path) -> Database:
+    async def connect_once(path: Path, *, first: bool = True) -> Database:
         if opened:
             raise OutboxError(f"{path}: failed before")
         opened.append(path)
-        return await connect(path)
+        return await connect(path, first=first)
 
     database.connect = connect_once
 

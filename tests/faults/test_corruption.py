@@ -176,7 +176,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 def set_aside(folder: Path) -> list[Path]:
-    return list(folder.glob("*.damaged-*"))
+    return list(folder.glob("*.damaged-*[0-9]"))
 
 
 def is_over(status: dict[str, Any]) -> bool:

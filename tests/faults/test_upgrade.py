@@ -24,7 +24,7 @@ from processes import DEADLINE_S, AgentProcess, running_agent
 from agent.clock import SystemClock
 from agent.console.sandbox import DEFAULT_WRITE_KEY, Arrival, Sandbox
 from agent.outbox import schema
-from agent.outbox.aside import sets_beside
+from agent.outbox.aside import count_sets
 from agent.outbox.writer import Policy, open_writer
 
 VERSIONS = range(1, schema.VERSION + 1)
@@ -176,7 +176,7 @@ class Upgrade:
         except AssertionError:
             return [f"did not start again: {agent.log.read_text()[-500:]}"]
         await agent.stop()
-        if sets_beside(agent.outbox):
+        if count_sets(agent.outbox):
             return [f"was taken for damaged: {agent.log.read_text()[-500:]}"]
         return await wrongs(agent.outbox, self._version, bug=self._bug)
 

@@ -90,6 +90,7 @@ CREATE TABLE salvage (
         name      TEXT    PRIMARY KEY,
         state     TEXT    NOT NULL CHECK (state IN ('running', 'done', 'failed')),
         found_ms  INTEGER NOT NULL,
+        floor     INTEGER NOT NULL CHECK (floor >= 0),
         pending   INTEGER NOT NULL DEFAULT 0 CHECK (pending >= 0),
         dead      INTEGER NOT NULL DEFAULT 0 CHECK (dead >= 0),
         delivered INTEGER NOT NULL DEFAULT 0 CHECK (delivered >= 0),

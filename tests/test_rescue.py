@@ -1,0 +1,210 @@
+"""A damaged database, from being met to being read back, while the agent runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from agent.clock import SystemClock
+from agent.event import Event
+from agent.outbox import aside
+from agent.outbox.reader import Reader, open_own_reader
+from agent.outbox.records import Ack, Appended
+from agent.outbox.rescue import salvage_damaged
+from agent.outbox.writer import Policy, Writer, open_writer
+
+POLICY = Policy(max_bytes=1 << 30, evicts=False, remember=True)
+
+LIMIT_S = 30.0
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Path:
+    return tmp_path / "outbox.db"
+
+
+@asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[tuple[Writer, Reader]]:
+    async with (
+        asyncio.timeout(LIMIT_S),
+        open_writer(path, POLICY, SystemClock()) as writer,
+        open_own_reader(path, on_damage=writer.suspect) as reader,
+        asyncio.TaskGroup() as tasks,
+    ):
+        salvaging = tasks.create_task(salvage_damaged(writer))
+        yield writer, reader
+        salvaging.cancel()
+
+
+def event(name: str) -> Event:
+    body = b'{"messageId":"%s","event":"e","userId":"u"}' % name.encode()
+    return Event(
+        message_id=name,
+        kind="track",
+        lane=1,
+        digest=name.encode().ljust(16),
+        received_ms=1,
+        body=body,
+    )
+
+
+async def until_salvaged(writer: Writer) -> None:
+    while writer.fault is not None or writer.rescuing:  # noqa: ASYNC110  # what another task does
+        await asyncio.sleep(0.01)
+
+
+async def damaged(writer: Writer) -> None:
+    writer.suspect("as a test has it")
+    await asyncio.sleep(0)
+    while writer.fault is None:  # noqa: ASYNC110  # what another task does
+        await asyncio.sleep(0)
+    await until_salvaged(writer)
+
+
+async def states(path: Path, reader: Reader) -> dict[str, str]:
+    await reader.ledger()
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        return dict(db.execute("SELECT message_id, state FROM event ORDER BY seq"))
+
+
+async def test_all_comes_back_from_a_database_that_only_seemed_damaged(outbox: Path) -> None:
+    async with opened(outbox) as (writer, reader):
+        await writer.append([event(name) for name in "abc"])
+        await writer.settle(Ack(1))
+        await damaged(writer)
+        await writer.append([event("d")])
+
+        assert await states(outbox, reader) == {
+            "a": "delivered",
+            "b": "pending",
+            "c": "pending",
+            "d": "pending",
+        }
+        ledger = await reader.ledger()
+        assert (ledger.accepted, ledger.delivered, ledger.pending) == (4, 1, 3)
+        assert [head.message_id for head in await reader.scan(after=0, limit=9)] == ["b", "c", "d"]
+
+
+async def test_what_was_delivered_since_is_not_brought_back_by_a_second_damage(
+    outbox: Path,
+) -> None:
+    async with opened(outbox) as (writer, reader):
+        await writer.append([event(name) for name in "abc"])
+        await damaged(writer)
+        for head in await reader.scan(after=0, limit=9):
+            await writer.settle(Ack(head.seq))
+        await asyncio.sleep(0.002)  # the sets are named by the millisecond
+        await damaged(writer)
+
+        assert set((await states(outbox, reader)).values()) == {"delivered"}
+        assert (await reader.ledger()).pending == 0
+
+
+async def test_an_ack_of_the_moment_of_the_damage_counts(outbox: Path) -> None:
+    async with opened(outbox) as (writer, reader):
+        await writer.append([event(name) for name in "abc"])
+        writer.suspect("as a test has it")
+        while writer.fault is None:  # noqa: ASYNC110  # what another task does
+            await asyncio.sleep(0)
+        acks = [writer.settle(Ack(seq)) for seq in (1, 2, 3)]
+        await until_salvaged(writer)
+        await asyncio.gather(*acks)
+
+        ledger = await reader.ledger()
+        assert (ledger.delivered, ledger.pending) == (3, 0)
+
+
+async def test_an_event_sent_again_before_it_is_known_as_delivered_is_not_pending(
+    outbox: Path,
+) -> None:
+    async with opened(outbox) as (writer, _):
+        await writer.append([event("a")])
+        await writer.settle(Ack(1))
+    name = aside.set_aside(outbox, 5)
+    assert name.endswith(".damaged-5")
+    async with open_writer(outbox, POLICY, SystemClock()) as writer:
+        assert writer.rescuing
+        assert await writer.append([event("a")]) == [Appended.STORED]
+    async with opened(outbox) as (writer, reader):
+        await until_salvaged(writer)
+
+        assert await states(outbox, reader) == {"a": "delivered"}
+        assert (await reader.ledger()).delivered == 1
+
+
+@pytest.mark.parametrize("moved", [(), ("-wal",), ("-wal", "")])
+async def test_a_move_that_was_cut_off_is_finished_and_read_back(
+    outbox: Path, moved: tuple[str, ...]
+) -> None:
+    async with opened(outbox) as (writer, _):
+        await writer.append([event(name) for name in "abc"])
+    outbox.with_name("outbox.db-wal").touch()
+    outbox.with_name("outbox.db.damaged-7.moving").touch()
+    for suffix in moved:
+        outbox.with_name(f"outbox.db{suffix}").rename(
+            outbox.with_name(f"outbox.db.damaged-7{suffix}")
+        )
+    for _ in range(2):
+        async with opened(outbox) as (writer, reader):
+            await until_salvaged(writer)
+            assert (await reader.ledger()).pending == 3
+    async with opened(outbox) as (writer, reader):
+        assert await writer.append([event("d")]) == [Appended.STORED]
+        order = [head.message_id for head in await reader.scan(after=0, limit=9)]
+        assert order == ["a", "b", "c", "d"]
+
+
+async def test_a_log_whose_database_a_person_deleted_is_no_damaged_database(outbox: Path) -> None:
+    async with opened(outbox) as (writer, _):
+        await writer.append([event("a")])
+    outbox.with_name("outbox.db.damaged-7-wal").touch()
+    outbox.with_name("outbox.db.damaged-7.gz").touch()
+    async with opened(outbox) as (writer, reader):
+        assert not writer.rescuing
+        assert (await reader.ledger()).pending == 1
+
+
+async def test_rows_that_contradict_each_other_are_damage(outbox: Path) -> None:
+    async with opened(outbox) as (writer, reader):
+        await writer.append([event("a")])
+        await writer.perform(lambda store: store.fetch("UPDATE event SET seq = 3 WHERE seq = 1"))
+        for name in ("b", "c", "d", "e"):  # the third seq is taken
+            with contextlib.suppress(Exception):
+                await writer.append([event(name)])
+            await until_salvaged(writer)
+        for name in ("b", "c", "d", "e"):
+            await writer.append([event(name)])
+
+        assert {"b", "c", "d", "e"} <= set(await states(outbox, reader))
+
+
+async def test_a_verb_that_trips_over_a_value_does_not_end_the_writer(outbox: Path) -> None:
+    async with opened(outbox) as (writer, reader):
+        await writer.append([event("a")])
+        with pytest.raises(Exception, match="AttributeError"):
+            await writer.perform(lambda _: b"bytes".encode())  # type: ignore[attr-defined]
+        await until_salvaged(writer)
+
+        assert await writer.append([event("b")]) == [Appended.STORED]
+        assert (await reader.ledger()).pending == 2
+
+
+async def test_a_fault_keeps_the_locks_that_others_respect(outbox: Path) -> None:
+    async with opened(outbox) as (writer, reader):
+        await writer.append([event("a")])
+        await reader.ledger()
+        writer._break("as a test has it")
+        await until_salvaged(writer)
+        with contextlib.closing(sqlite3.connect(outbox)) as visitor:
+            visitor.execute("SELECT COUNT(*) FROM event").fetchall()
+        log = outbox.with_name("outbox.db-wal")
+
+        assert log.exists(), "a visitor took itself for the last connection"
+        await writer.append([event("b")])
+        assert log.stat().st_size
