@@ -9,6 +9,9 @@ The way of an event:
                   ◀──204── committed ◀────settle──────────┘
     person ──▶ console ──reads──▶ outbox;  ──asks──▶ daemon (loopback control API)
 
+Apps are answered by a protocol of our own on llhttp (httptools), for aiohttp's server took longer
+than all the rest of an event's way; aiohttp is the client to the upstream, and the sandbox.
+
 The two ends meet only in the outbox. Decisions are pure: they know no clock, socket or database.
 
 The levels; an import goes down, never up or sideways (`tests/test_levels.py` walks them):

@@ -1,8 +1,8 @@
 """The shell around the decisions: reads the outbox, sends, and records what became of each event.
 
-One dispatcher task keeps the lanes filled and starts an attempt for each event that lanes and
-breaker let go; an attempt is a task of its own in the same group. Nothing waits on a timer while
-there is nothing to send.
+The dispatcher reads on in the outbox and starts a runner for what lanes and breaker let go; a runner
+sends one event after another as long as they let the next one go, so that while all is well the
+dispatcher need not wake. Nothing waits on a timer while there is nothing to send.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class Forwarder:
                 now_s = self._clock.monotonic_s()
                 while (taken := self._take(now_s)) is not None:
                     self._in_flight += 1
-                    attempts.create_task(self._attempts(self._upstream, taken))
+                    attempts.create_task(self._run_attempts(self._upstream, taken))
                 await self._wait(now_s)
             follower.cancel()
 
@@ -282,11 +282,12 @@ class Forwarder:
 
     # --- an attempt ---
 
-    async def _attempts(self, upstream: Upstream, taken: tuple[Head, Ticket] | None) -> None:
+    async def _run_attempts(self, upstream: Upstream, taken: tuple[Head, Ticket] | None) -> None:
         """Send *taken*, and what may go after it: while all is well no other task need wake."""
         try:
             while taken is not None:
                 await self._attempt(upstream, *taken)
+                # Not counted while it asks for the next one: the ceiling is for the others.
                 self._in_flight -= 1
                 taken = None if self._is_hungry() else self._take(self._clock.monotonic_s())
                 self._in_flight += 1

@@ -160,7 +160,7 @@ async def connect(path: Path, *, first: bool = True) -> Database:
             _check_log(path)
         connection = _Connection(
             lambda: sqlite3.connect(path, isolation_level=None, timeout=_BUSY_TIMEOUT_S),
-            iter_chunk_size=64,
+            iter_chunk_size=64,  # aiosqlite wants one; nothing here iterates
         )
         await connection
     except (OSError, sqlite3.Error) as exc:

@@ -203,14 +203,6 @@ async def first_minute(folder: Path, seed: int, bug: str | None = None) -> Recor
         return recorder.recorded()
 
 
-async def first_death(folder: Path, seed: int, bug: str | None = None) -> Recording:
-    """A process that dies in a commit, and one that answers the app's second try."""
-    async with recording(folder, bug=bug) as recorder:
-        await die_in_a_commit(recorder, seed)
-        await recorder.stop()
-        return recorder.recorded()
-
-
 async def upgrade(folder: Path, seed: int) -> Recording:
     """An outbox that the first version of the schema has left, and some events more."""
     kept = make_first_version(folder / "outbox.db")

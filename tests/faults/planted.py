@@ -16,8 +16,6 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
-from faults.witness import known_ids
-
 from agent import daemon
 from agent.__main__ import main
 from agent.console import control
@@ -70,17 +68,6 @@ def answer_before_commit() -> None:
         return [Appended.STORED] * len(events)
 
     _append_by(append_some_day)
-
-
-def answer_replay_at_once() -> None:
-    """Answer an id that is known without a commit: a killed process leaves some that are not synced."""
-
-    async def append_unknown(writer: Writer, events: Sequence[Event]) -> Answer:
-        if known_ids(writer.path) >= {event.message_id for event in events}:
-            return [Appended.REPLAYED] * len(events)
-        return await _append(writer, events)
-
-    _append_by(append_unknown)
 
 
 def ignore_commit_errors() -> None:
@@ -267,7 +254,6 @@ BUGS: dict[str, Callable[[], None]] = {
         synchronous_normal,
         synchronous_off,
         answer_before_commit,
-        answer_replay_at_once,
         ignore_commit_errors,
         answer_nobody,
         never_reopen,

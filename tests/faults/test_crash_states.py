@@ -125,15 +125,6 @@ async def test_an_answer_before_the_sync_is_found(
 
 
 @pytest.mark.process
-async def test_a_replay_answered_without_a_sync_is_found(
-    strace: None, memory: Path, tmp_path: Path
-) -> None:
-    recording = await crash_runs.first_death(tmp_path / "replay", SEED, "answer_replay_at_once")
-    replayed = max(recording.promises.acknowledged.values())
-    assert finds("lost", recording, range(replayed, len(recording.operations)), memory)
-
-
-@pytest.mark.process
 async def test_a_checkpoint_without_a_sync_is_found(
     strace: None, memory: Path, tmp_path: Path
 ) -> None:

@@ -243,5 +243,6 @@ async def test_of_agents_started_at_once_one_runs(
 
 @pytest.mark.process
 async def test_an_agent_that_takes_no_lock_is_found(tmp_path: Path) -> None:
-    async with started_at_once(tmp_path, bug="without_lock") as (alive, _):
-        assert len(alive) > 1
+    async with started_at_once(tmp_path, bug="without_lock") as (alive, ended):
+        fared = [await rival.end() for rival in ended]
+        assert len(alive) > 1 or not all(it.is_refused for it in fared)

@@ -4,7 +4,7 @@ SQLite refuses a damaged database, or stops at the first bad page. This reads th
 (https://sqlite.org/fileformat2.html): every row on an intact page is found, whatever is damaged
 elsewhere. It only reads, in plain synchronous calls, and raises for no bytes whatsoever; a page
 that the disk does not give counts as damaged. Memory grows with the pages (some 50 bytes each), not
-with the bodies. The writer calls in, from a thread, and puts what it gets into a new database.
+with the bodies. `rescue` reads it back from a thread; `database` asks whether a log is broken.
 
     views    the files as pages: the database, overlaid with what its write-ahead log holds
     log      which frames of the write-ahead log count
