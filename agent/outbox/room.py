@@ -48,6 +48,8 @@ class Room:
 
     def __init__(self, outbox: Path, policy: Policy, clock: Clock) -> None:
         self.full: str | None = None
+        self.lacks_disk = False
+        """Whether it was the disk that was full, and not the quota."""
         self.reserve = Reserve(outbox, max_bytes=policy.max_bytes)
         self._folder = outbox.parent
         self._policy = policy
@@ -100,10 +102,12 @@ class Room:
 
     def disk_full(self) -> OutboxFullError:
         """Return the refusal that a full disk means, and remember it."""
+        self.lacks_disk = True
         self.full = f"{self._folder}: no space left on the disk; free some"
         return OutboxFullError(self.full)
 
     def _quota_full(self, space: Space) -> OutboxFullError:
+        self.lacks_disk = False
         self.full = (
             f"the outbox holds {space.used} of {self._policy.max_bytes} bytes"
             " (outbox.max_size); it takes events again when some were delivered or discarded"

@@ -518,7 +518,8 @@ class Writer:
                 log.warning("outbox.checkpoint_failed", path=str(self.path), error=str(exc))
             finally:
                 await db.close()
-                if self._room.full is None:  # else the next start needs it, and could not take it
+                if not (self._room.full and self._room.lacks_disk):
+                    # Else the next start needs it, and could not take it.
                     self._room.reserve.release()
 
     def _fault(self, exc: Exception) -> None:
