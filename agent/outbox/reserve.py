@@ -30,6 +30,8 @@ class Reserve:
         self.held = False
         self._path = outbox.with_name(f"{outbox.name}.reserve")
         self._max_bytes = max_bytes
+        self._bytes = 0
+        """How much it was. To take less later would be to share the disk's last bytes."""
 
     def keep(self) -> bool:
         """Take the space if there is room for it; return whether it is held."""
@@ -56,7 +58,7 @@ class Reserve:
 
     def _allocate(self) -> None:
         disk = os.statvfs(self._path.parent)
-        wanted = min(
+        wanted = self._bytes or min(
             LARGEST_BYTES,
             self._max_bytes // _SHARE_OF_QUOTA,
             disk.f_bavail * disk.f_frsize // _SHARE_OF_DISK,
@@ -64,6 +66,8 @@ class Reserve:
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
             # What a process that was killed has kept stays kept.
-            os.posix_fallocate(fd, 0, max(wanted, os.fstat(fd).st_size, 1))
+            wanted = max(wanted, os.fstat(fd).st_size, 1)
+            os.posix_fallocate(fd, 0, wanted)
+            self._bytes = wanted
         finally:
             os.close(fd)
