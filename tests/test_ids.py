@@ -122,3 +122,11 @@ async def test_a_rolled_back_event_is_not_known(outbox: Path) -> None:
                 ]
             )
         assert await writer.append([_event("big")]) == [Appended.STORED]
+
+
+async def test_large_transactions_leave_no_more_in_memory_than_small_ones(outbox: Path) -> None:
+    async with open_writer(outbox, POLICY, SystemClock()) as writer:
+        for group in range(20):
+            await writer.append([_event(f"id{group}.{n}") for n in range(20)])
+
+        assert len(_indexed(outbox)) >= 20 * 20 - 3 * 20

@@ -4,7 +4,7 @@ Ids are random, so an index that takes each one at once changes a page of its ow
 over a backlog of a million that is ten times what the event itself writes. So the newest ids stay
 in memory, and go into the index many at a time, in its order:
 
-    add ─▶ recent ──RECENT of them──▶ merging ──SLICE with each transaction──▶ table `known`
+    add ─▶ recent ──RECENT of them──▶ merging ──SLICE or more a transaction──▶ table `known`
 
 After a crash nothing is missing: every event above `ledger.indexed_upto` is read into memory when
 the outbox is opened. The index holds hashes, and neither it nor the memory is believed: an id is
@@ -140,7 +140,8 @@ class KnownIds:
             self._unmerged = sorted(
                 ((id_hash(message_id), message_id) for message_id in self._merging), reverse=True
             )
-        self._merged = min(SLICE, len(self._unmerged))
+        # Faster than events come in, however many a transaction brings, or memory would grow.
+        self._merged = min(max(SLICE, 2 * len(self._added)), len(self._unmerged))
         gone = {
             message_id for message_id, seq in self._gone if self._merging.get(message_id) == seq
         }
