@@ -13,7 +13,6 @@ Does not own what a setting does. Called once at start-up by the commands and th
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import textwrap
@@ -373,6 +372,8 @@ def _unknown_key(section: str, name: str) -> str:
 
 
 def _nearest(word: str, known: list[str]) -> str:
+    import difflib  # noqa: PLC0415  # for a misspelt key only
+
     if close := difflib.get_close_matches(word, known, n=1):
         return f"did you mean {close[0]}?"
     if word.startswith(PREFIX):

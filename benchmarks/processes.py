@@ -117,6 +117,7 @@ class Agent:
     def start(self) -> None:
         """Start it; return when it accepts events."""
         environ = {k: v for k, v in os.environ.items() if not k.startswith("TRANTHOR_AGENT_")}
+        environ["MALLOC_ARENA_MAX"] = "1"  # as the unit sets it
         started_s = time.monotonic()
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(

@@ -45,6 +45,10 @@ SCAN = 512
 UNSETTLED = 256
 """Settlements that may wait for their commit. A crash sends so many again, and no more."""
 
+BESIDE_INTAKE = 12
+"""Attempts and settlements that may be under way while apps wait to be stored: on a small machine
+the two share one processor, and an app that waits is worse than an event that waits."""
+
 STOP_S = 4.0
 """How long attempts in flight may take once the agent stops; the rest is sent after the next start."""
 
@@ -251,6 +255,8 @@ class Forwarder:
         due_at_s = self._due_at_s()
         if due_at_s is None or due_at_s > now_s:
             return None
+        if self._writer.pressed and self._in_flight + self._unsettled >= BESIDE_INTAKE:
+            return None  # the next commit changes that
         ticket = self._breaker.admit(now_s, in_flight=self._in_flight)
         if ticket is None:
             return None

@@ -55,6 +55,9 @@ T = TypeVar("T")
 QUEUE_EVENTS = 4096
 """Events that may wait for a commit. At a commit of 5 ms that is far more than a machine sends."""
 
+PRESSED_EVENTS = 16
+"""Events that wait for a commit from which intake comes first."""
+
 QUEUE_BYTES = 64 * 1024 * 1024
 """Bytes that may wait for a commit: a dozen bodies of the largest size."""
 
@@ -200,6 +203,11 @@ class Writer:
     def full(self) -> str | None:
         """Why the last event was refused for want of room; None once one was stored again."""
         return self._room.full
+
+    @property
+    def pressed(self) -> bool:
+        """Whether apps wait for more than a commit or two can bring: what can wait should."""
+        return self._queued_events > PRESSED_EVENTS
 
     @property
     def backlogged(self) -> bool:
