@@ -40,6 +40,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     *lane* is a signed 64-bit hash of the user: events of one lane leave in order.
     *digest* (16 bytes) is of the body before the time of receipt was stamped into it, so that an
     app's own retry compares equal to its first try. *body* is the exact JSON of every attempt.
+    *upstream* is the name of the one that it is for, empty for the default one.
     """
 
     message_id: str
@@ -48,6 +49,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     digest: bytes
     received_ms: int
     body: bytes
+    upstream: str = ""
 
 
 class _File(msgspec.Struct, rename="camel"):

@@ -29,6 +29,12 @@ from agent.units import (
     web_origins,
 )
 
+DEFAULT_UPSTREAM = "default"
+"""What people call [upstream], which has no name of its own."""
+
+UPSTREAM_NAME = r"(?=.{1,32}\Z)[a-z0-9]+(?:-[a-z0-9]+)*"
+"""What a named upstream may be called: it is a part of paths, of variables and of file names."""
+
 _CENTURY_S = 36_500 * 86_400.0
 """The longest duration where no other limit makes sense: beyond it a slip, and instants overflow."""
 

@@ -133,7 +133,7 @@ async def test_appends_that_wait_together_share_one_transaction(outbox: Path) ->
 
         assert [await call for call in calls] == [[Appended.STORED]] * 200
         assert writer.commits - before == 2  # what kept it busy, and they
-        heads = await reader.scan(after=0, limit=1000)
+        heads = (await reader.scan(after=0, limit=1000)).heads
         assert [head.message_id for head in heads] == [f"id{i}" for i in range(200)]
 
 
@@ -225,7 +225,7 @@ async def test_what_was_answered_before_a_kill_9_is_there_after_it(
     assert len(answered) >= answers
 
     async with _opened(outbox) as (_, reader):
-        pending = {head.message_id for head in await reader.scan(after=0, limit=100_000)}
+        pending = {head.message_id for head in (await reader.scan(after=0, limit=100_000)).heads}
         assert answered <= pending
         assert len(pending - answered) <= 3
         assert (await reader.ledger()).accepted == len(pending)
@@ -310,7 +310,7 @@ async def test_a_seq_is_not_given_again_when_its_event_is_gone(outbox: Path) -> 
     for name in ("a", "b", "c"):
         async with _opened(outbox, forgets) as (writer, reader):
             await writer.append([_event(name)])
-            (head,) = await reader.scan(after=0, limit=10)
+            (head,) = (await reader.scan(after=0, limit=10)).heads
             seqs.append(head.seq)
             await writer.settle(Ack(head.seq))
 
@@ -343,7 +343,7 @@ async def test_a_person_requeues_and_discards_more_dead_letters_than_fit_one_tra
         assert await dead_letters.requeue(reader, writer, some, now_ms=1) == 501
         assert await dead_letters.discard(reader, writer, Selection(reason="rejected")) == 599
 
-        heads = await reader.scan(after=0, limit=2000)
+        heads = (await reader.scan(after=0, limit=2000)).heads
         assert [head.message_id for head in heads] == [f"id{i}" for i in range(501)]
         ledger = await reader.ledger()
         assert (ledger.pending, ledger.dead, ledger.discarded) == (501, 0, 599)
@@ -434,7 +434,7 @@ async def test_drop_oldest_keeps_the_newest_and_counts_what_it_dropped(outbox: P
             assert await writer.append([_event(f"id{i}", size=4000)]) == [Appended.STORED]
             assert await used_bytes(writer) <= quota
 
-        heads = await reader.scan(after=0, limit=1000)
+        heads = (await reader.scan(after=0, limit=1000)).heads
         kept = len(heads)
         assert 30 < kept < 60
         assert [head.message_id for head in heads] == [f"id{i}" for i in range(300 - kept, 300)]
@@ -647,7 +647,7 @@ async def test_acks_work_after_a_kill_9_on_a_disk_without_a_byte_left(small_disk
     _occupy(small_disk)
     async with _opened(outbox) as (writer, reader):
         _occupy(small_disk)
-        heads = await reader.scan(after=0, limit=UNSETTLED)
+        heads = (await reader.scan(after=0, limit=UNSETTLED)).heads
         assert heads
         acks = [writer.settle(Ack(head.seq)) for head in heads]
         _, late = await asyncio.wait(acks, timeout=LIMIT_S / 2)
@@ -731,7 +731,7 @@ async def test_what_was_stored_before_the_disk_was_full_is_there_at_the_next_sta
     filler.unlink()
 
     async with _opened(path) as (_, reader):
-        assert len(await reader.scan(after=0, limit=100_000)) == stored
+        assert len((await reader.scan(after=0, limit=100_000)).heads) == stored
 
 
 # --- a failing disk -----------------------------------------------------------------------------
@@ -1116,7 +1116,7 @@ async def test_an_event_that_is_buried_twice_is_one_dead_letter(outbox: Path) ->
         assert await writer.perform(lambda store: store.requeue([1, 1], now_ms=0)) == 1
         ledger = await reader.ledger()
         assert (ledger.pending, ledger.dead) == (1, 0)
-        assert len(await reader.scan(after=0, limit=10)) == 1
+        assert len((await reader.scan(after=0, limit=10)).heads) == 1
 
 
 async def test_a_filesystem_that_cannot_allocate_is_not_taken_for_a_full_one(

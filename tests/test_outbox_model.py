@@ -386,7 +386,7 @@ def expected(world: World) -> Seen:
 async def observed(reader: Reader) -> tuple[Seen, dict[str, int]]:
     """Return what the outbox shows, and the seq of every event that it knows."""
     ledger = await reader.ledger()
-    lanes = {head.seq: head.lane for head in await reader.scan(after=0, limit=1000)}
+    lanes = {head.seq: head.lane for head in (await reader.scan(after=0, limit=1000)).heads}
     listed = [await reader.select(state, Selection(), limit=1000) for state in STATES]
     events = [
         [(replace(receipt, seq=0), lanes.get(receipt.seq)) for receipt in receipts]

@@ -88,7 +88,11 @@ async def test_all_comes_back_from_a_database_that_only_seemed_damaged(outbox: P
         }
         ledger = await reader.ledger()
         assert (ledger.accepted, ledger.delivered, ledger.pending) == (4, 1, 3)
-        assert [head.message_id for head in await reader.scan(after=0, limit=9)] == ["b", "c", "d"]
+        assert [head.message_id for head in (await reader.scan(after=0, limit=9)).heads] == [
+            "b",
+            "c",
+            "d",
+        ]
 
 
 async def test_what_was_delivered_since_is_not_brought_back_by_a_second_damage(
@@ -97,7 +101,7 @@ async def test_what_was_delivered_since_is_not_brought_back_by_a_second_damage(
     async with opened(outbox) as (writer, reader):
         await writer.append([event(name) for name in "abc"])
         await damaged(writer)
-        for head in await reader.scan(after=0, limit=9):
+        for head in (await reader.scan(after=0, limit=9)).heads:
             await writer.settle(Ack(head.seq))
         await asyncio.sleep(0.002)  # the sets are named by the millisecond
         await damaged(writer)
@@ -156,7 +160,7 @@ async def test_a_move_that_was_cut_off_is_finished_and_read_back(
             assert (await reader.ledger()).pending == 3
     async with opened(outbox) as (writer, reader):
         assert await writer.append([event("d")]) == [Appended.STORED]
-        order = [head.message_id for head in await reader.scan(after=0, limit=9)]
+        order = [head.message_id for head in (await reader.scan(after=0, limit=9)).heads]
         assert order == ["a", "b", "c", "d"]
 
 

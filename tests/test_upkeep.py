@@ -52,7 +52,7 @@ class Outbox:
         await self.writer.perform(lambda store: store.space())  # behind what was queued
 
     async def ack_all(self) -> None:
-        heads = await self.reader.scan(after=0, limit=100_000)
+        heads = (await self.reader.scan(after=0, limit=100_000)).heads
         for acked in [self.writer.settle(Ack(head.seq)) for head in heads]:
             await acked
 

@@ -7,13 +7,14 @@ from typing import Any
 import msgspec
 
 from agent.event import rfc3339
-from agent.outbox.records import Reason, Receipt, State
+from agent.outbox.records import Reason, Receipt, State, label
 
 
 class EventView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """Where one event stands. Instants are RFC 3339 UTC; *body* is what is sent, None once delivered."""
 
     message_id: str
+    upstream: str
     state: State
     kind: str | None
     event: str | None
@@ -34,6 +35,7 @@ def view(receipt: Receipt) -> EventView:
     fields: dict[str, Any] = {} if receipt.body is None else msgspec.json.decode(receipt.body)
     return EventView(
         message_id=receipt.message_id,
+        upstream=label(receipt.upstream),
         state=receipt.state,
         kind=receipt.kind,
         event=fields.get("event"),

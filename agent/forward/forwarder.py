@@ -108,8 +108,13 @@ class Forwarder:
         rng: random.Random,
         unconfigured: str = "",
         paused: bool = False,
+        name: str = "",
     ) -> None:
-        """*upstream* None means that none is configured; *unconfigured* then says what is missing."""
+        """*upstream* None means that none is configured; *unconfigured* then says what is missing.
+
+        *name* is the upstream's, empty for the default one: it sends what is stored under it.
+        """
+        self._name = name
         self._writer = writer
         self._reader = reader
         self._upstream = upstream
@@ -211,9 +216,10 @@ class Forwarder:
         self._wake.set()
 
     async def _follow_appends(self) -> None:
+        appended = self._writer.appended.of(self._name)
         while True:
-            await self._writer.appended.wait()
-            self._writer.appended.clear()
+            await appended.wait()
+            appended.clear()
             self._scan_due = True
             self._wake.set()
 
@@ -239,13 +245,15 @@ class Forwarder:
         lanes = self._lanes
         while (starved := lanes.starved()) is not None:
             key, last_seq = starved
-            heads = await self._reader.lane(key, after=last_seq, upto=lanes.cursor, limit=PER_LANE)
-            lanes.read_on(heads, complete=len(heads) < PER_LANE)
+            scan = await self._reader.lane(
+                key, self._name, after=last_seq, upto=lanes.cursor, limit=PER_LANE
+            )
+            lanes.read_on(scan.heads, complete=not scan.more, upto=scan.upto)
         if self._scan_due and lanes.room >= SCAN:
             self._scan_due = False
-            heads = await self._reader.scan(after=lanes.cursor, limit=SCAN)
-            lanes.scanned(heads)
-            if len(heads) == SCAN:  # there may be more: after what came is on its way
+            scan = await self._reader.scan(self._name, after=lanes.cursor, limit=SCAN)
+            lanes.scanned(scan.heads, upto=scan.upto)
+            if scan.more:  # there may be more: after what came is on its way
                 self._scan_due = True
                 self._wake.set()
 

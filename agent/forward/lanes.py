@@ -67,10 +67,11 @@ class Lanes:
         parked = len(self._parked)
         return 0 if parked > PARKED else max(0, self._window - (self.size - parked))
 
-    def scanned(self, heads: Iterable[Head]) -> None:
-        """Take in the events next behind the cursor, in order."""
+    def scanned(self, heads: Iterable[Head], *, upto: int = 0) -> None:
+        """Take in the events next behind the cursor, in order; up to the seq *upto* there are no more."""
+        self.cursor = max(self.cursor, upto)
         for head in heads:
-            self.cursor = head.seq
+            self.cursor = max(self.cursor, head.seq)
             lane = self._lane(head)
             if lane.behind or lane.parked or len(lane.queue) >= self._per_lane:
                 lane.behind = True
@@ -85,12 +86,16 @@ class Lanes:
             return None
         return self._starved[0].key, self._starved[0].last_seq
 
-    def read_on(self, heads: list[Head], *, complete: bool) -> None:
-        """Take in the next events of the lane that `starved` named; *complete* if up to the cursor."""
+    def read_on(self, heads: list[Head], *, complete: bool, upto: int = 0) -> None:
+        """Take in the next events of the lane that `starved` named; *complete* if up to the cursor.
+
+        Up to the seq *upto* there are no more of them.
+        """
         lane = self._starved.popleft()
         lane.behind = not complete
         for head in heads:
             self._keep(lane, head)
+        lane.last_seq = max(lane.last_seq, upto)
         self._after(lane)
 
     # --- sending ---

@@ -4,6 +4,7 @@
     room       who is let in: quota, disk, and the `reserve` kept back for deliveries
     database   the one write connection; `schema` its tables and migrations
     store      the SQL verbs, in a transaction of the writer's; `ids` knows each messageId
+    news       wakes the forwarder that an event is for
     reader     short queries, of the daemon's and of others
     lock       one writer per outbox
     upkeep     what is due from time to time

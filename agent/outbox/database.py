@@ -10,7 +10,7 @@ import asyncio
 import errno
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,6 +69,11 @@ class Database:
     def withdrawn(self) -> int:
         """How many pending events were evicted or expired since the outbox was opened."""
         return self._store.withdrawn
+
+    @property
+    def waiting(self) -> Mapping[str, int]:
+        """How many events are pending for each named upstream that has some."""
+        return self._store.waiting
 
     async def transact(self, verb: Callable[[Store], T]) -> T:
         """Run *verb* in the connection's thread; return its result once the commit is synced.

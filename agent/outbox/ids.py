@@ -7,8 +7,8 @@ in memory, and go into the index many at a time, in its order:
     add ─▶ recent ──RECENT of them──▶ merging ──SLICE or more a transaction──▶ table `known`
 
 After a crash nothing is missing: every event above `ledger.indexed_upto` is read into memory when
-the outbox is opened. The index holds hashes, and neither it nor the memory is believed: an id is
-known if there is an event of that seq with that id.
+the outbox is opened. The index holds hashes of messageIds, and neither it nor the memory is
+believed: an id is known if there is an event of that seq with that id, for that upstream.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Collection, Iterable
 from hashlib import blake2b
+from operator import itemgetter
 
 import msgspec
 
@@ -25,14 +26,17 @@ RECENT = 16_384
 SLICE = 1_024
 """Ids merged with one transaction, so that none takes long."""
 
+Id = str | tuple[str, str]
+"""What makes an event the same one: its messageId, for a named upstream with the name in front."""
+
 _UNINDEXED = """
-SELECT message_id, seq
+SELECT upstream, message_id, seq
   FROM event
  WHERE seq > (SELECT indexed_upto FROM ledger)
 """
 
 _FIND = """
-SELECT event.message_id, event.seq
+SELECT event.upstream, event.message_id, event.seq
   FROM known
   JOIN event USING (seq)
  WHERE known.id_hash IN (SELECT value FROM json_each(:id_hashes))
@@ -43,6 +47,7 @@ SELECT 1
   FROM event
  WHERE seq = :seq
    AND message_id = :message_id
+   AND upstream = :upstream
 """
 
 _INDEX = """
@@ -65,6 +70,10 @@ DELETE FROM known
 """
 
 
+def id_of(upstream: str, message_id: str) -> Id:
+    return (upstream, message_id) if upstream else message_id
+
+
 def id_hash(message_id: str) -> int:
     """Return the key of *message_id* in the index: 64 bits, signed as SQLite's integers are."""
     digest = blake2b(message_id.encode(), digest_size=8).digest()
@@ -79,54 +88,55 @@ class KnownIds:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
-        self._recent: dict[str, int] = dict(db.execute(_UNINDEXED).fetchall())
-        self._merging: dict[str, int] = {}
-        self._unmerged: list[tuple[int, str]] = []
-        """What of `_merging` is not in the index yet: (hash, messageId), the smallest hash last."""
+        self._recent: dict[Id, int] = {
+            id_of(upstream, message_id): seq for upstream, message_id, seq in db.execute(_UNINDEXED)
+        }
+        self._merging: dict[Id, int] = {}
+        self._unmerged: list[tuple[int, Id]] = []
+        """What of `_merging` is not in the index yet: (hash, id), the smallest hash last."""
         self._merging_upto = 0
         """The events up to this seq are all in the index or in `_merging`."""
-        self._added: dict[str, int] = {}
-        self._gone: list[tuple[str, int]] = []
+        self._added: dict[Id, int] = {}
+        self._gone: list[tuple[Id, int]] = []
         self._merged = 0
         """What the open transaction added, forgot and merged."""
 
-    def find(self, message_ids: Collection[str]) -> dict[str, int]:
-        """Return the seqs of those of *message_ids* that are known."""
-        found: dict[str, int] = {}
-        elsewhere: list[str] = []
-        for message_id in message_ids:
-            seq = (
-                self._added.get(message_id)
-                or self._recent.get(message_id)
-                or self._merging.get(message_id)
-            )
-            if seq is not None and self._is(message_id, seq):
-                found[message_id] = seq
+    def find(self, ids: Collection[Id]) -> dict[Id, int]:
+        """Return the seqs of those of *ids* that are known."""
+        found: dict[Id, int] = {}
+        elsewhere: list[Id] = []
+        for known in ids:
+            seq = self._added.get(known) or self._recent.get(known) or self._merging.get(known)
+            if seq is not None and self._is(known, seq):
+                found[known] = seq
             else:
-                elsewhere.append(message_id)
+                elsewhere.append(known)
         if elsewhere:
             wanted = set(elsewhere)
-            id_hashes = msgspec.json.encode([id_hash(name) for name in elsewhere]).decode()
-            rows = self._db.execute(_FIND, {"id_hashes": id_hashes})
-            found |= {message_id: seq for message_id, seq in rows if message_id in wanted}
+            id_hashes = msgspec.json.encode([_hash(known) for known in elsewhere]).decode()
+            for upstream, message_id, seq in self._db.execute(_FIND, {"id_hashes": id_hashes}):
+                known = id_of(upstream, message_id)
+                if known in wanted:
+                    found[known] = seq
         return found
 
-    def _is(self, message_id: str, seq: int) -> bool:
-        row = self._db.execute(_IS, {"seq": seq, "message_id": message_id}).fetchone()
-        return row is not None
+    def _is(self, known: Id, seq: int) -> bool:
+        upstream, message_id = ("", known) if isinstance(known, str) else known
+        values = {"seq": seq, "message_id": message_id, "upstream": upstream}
+        return self._db.execute(_IS, values).fetchone() is not None
 
-    def add(self, message_id: str, seq: int) -> None:
+    def add(self, new: Id, seq: int) -> None:
         """Know the new event *seq*, the highest so far, by its id."""
-        self._added[message_id] = seq
+        self._added[new] = seq
 
-    def index(self, ids: Iterable[tuple[str, int]]) -> None:
-        """Know events that are not new, as (messageId, seq): they go to the disk at once."""
-        self._index(sorted((id_hash(message_id), seq) for message_id, seq in ids))
+    def index(self, ids: Iterable[tuple[Id, int]]) -> None:
+        """Know events that are not new, as (id, seq): they go to the disk at once."""
+        self._index(sorted((_hash(known), seq) for known, seq in ids))
 
-    def forget(self, ids: Iterable[tuple[str, int]]) -> None:
-        """Forget events that are gone or have another seq now, as (messageId, old seq)."""
+    def forget(self, ids: Iterable[tuple[Id, int]]) -> None:
+        """Forget events that are gone or have another seq now, as (id, old seq)."""
         gone = list(ids)
-        rows = sorted((id_hash(message_id), seq) for message_id, seq in gone)
+        rows = sorted((_hash(known), seq) for known, seq in gone)
         self._db.executemany(_FORGET, [{"id_hash": key, "seq": seq} for key, seq in rows])
         self._gone += gone
 
@@ -138,18 +148,16 @@ class KnownIds:
             self._merging, self._recent = self._recent, {}
             self._merging_upto = max(self._merging.values())
             self._unmerged = sorted(
-                ((id_hash(message_id), message_id) for message_id in self._merging), reverse=True
+                ((_hash(known), known) for known in self._merging), key=_by_hash, reverse=True
             )
         # Faster than events come in, however many a transaction brings, or memory would grow.
         self._merged = min(max(SLICE, 2 * len(self._added)), len(self._unmerged))
-        gone = {
-            message_id for message_id, seq in self._gone if self._merging.get(message_id) == seq
-        }
+        gone = {known for known, seq in self._gone if self._merging.get(known) == seq}
         self._index(
             [
-                (key, self._merging[message_id])
-                for key, message_id in reversed(self._unmerged[-self._merged :])
-                if message_id in self._merging and message_id not in gone
+                (key, self._merging[known])
+                for key, known in reversed(self._unmerged[-self._merged :])
+                if known in self._merging and known not in gone
             ]
         )
         if self._merged == len(self._unmerged):
@@ -161,10 +169,10 @@ class KnownIds:
 
     def committed(self) -> None:
         """The transaction holds."""
-        for message_id, seq in self._gone:
+        for known, seq in self._gone:
             for memory in (self._recent, self._merging):
-                if memory.get(message_id) == seq:
-                    del memory[message_id]
+                if memory.get(known) == seq:
+                    del memory[known]
         self._recent.update(self._added)
         if self._merged:
             del self._unmerged[-self._merged :]
@@ -175,3 +183,11 @@ class KnownIds:
     def rolled_back(self) -> None:
         """The transaction never was."""
         self._added, self._gone, self._merged = {}, [], 0
+
+
+def _hash(known: Id) -> int:
+    """Return the key of *known* in the index: that of its messageId, by which people look, too."""
+    return id_hash(known if isinstance(known, str) else known[1])
+
+
+_by_hash = itemgetter(0)

@@ -22,7 +22,17 @@ from agent.errors import OutboxDamagedError, OutboxError
 from agent.outbox import lock, schema
 from agent.outbox.database import is_damage
 from agent.outbox.ids import id_hash
-from agent.outbox.records import Head, Ledger, Receipt, Salvage, Selection, State
+from agent.outbox.records import (
+    Head,
+    Ledger,
+    Receipt,
+    Salvage,
+    Scan,
+    Selection,
+    State,
+    named,
+    unlabel,
+)
 
 INLINE_BYTES = 4096
 """Bodies up to this size come with the head; larger ones are read when they are sent."""
@@ -30,34 +40,62 @@ INLINE_BYTES = 4096
 LISTED_BYTES = 65_536
 """Larger bodies are left out of a listing, which may have a thousand rows; `receipt` has them."""
 
-_HEAD = """
-SELECT seq, lane, message_id, kind, attempts, failing_since_ms,
-       CASE WHEN length(body) <= :inline_bytes THEN body END
+LOOKED = 20_000
+"""Events of other upstreams that one query passes over at most: some 20 ms."""
+
+# The name is that of `event`, whose rows are small: in `pending` it stands behind the body.
+_COLUMNS = """
+SELECT pending.seq, lane, message_id, kind, attempts, failing_since_ms,
+       CASE
+         WHEN event.upstream = :upstream AND length(body) <= :inline_bytes THEN body
+       END,
+       event.upstream
+"""
+
+_HEAD_TYPES = (int, int, str, str, int, int | None, bytes | None, str)
+
+# The default upstream's queue is all that is pending, with the events of the others passed over.
+_QUEUE = """
   FROM pending
   JOIN event USING (seq)
+ WHERE pending.seq > :after
 """
 
-_HEAD_TYPES = (int, int, str, str, int, int | None, bytes | None)
+_QUEUE_NAMED = """
+  FROM pending INDEXED BY pending_named
+ CROSS JOIN event USING (seq)
+ WHERE pending.upstream = :upstream
+   AND pending.upstream <> ''
+   AND pending.seq > :after
+"""
 
-_SCAN = (
-    _HEAD
-    + """
- WHERE seq > :after
- ORDER BY seq
+_SCAN = """
+ ORDER BY pending.seq
  LIMIT :limit
 """
-)
 
-_LANE = (
-    _HEAD
-    + """
- WHERE lane = :lane
-   AND seq > :after
-   AND seq <= :upto
- ORDER BY seq
+_LANE = """
+   AND lane = :lane
+   AND event.upstream = :upstream
+   AND pending.seq <= :upto
+ ORDER BY pending.seq
  LIMIT :limit
 """
-)
+
+_NEXT = """
+ ORDER BY pending.seq
+ LIMIT 1
+"""
+
+_SKIP = """
+SELECT MIN(CASE WHEN upstream = '' THEN seq END), MAX(seq), COUNT(*)
+  FROM (SELECT pending.seq AS seq, event.upstream AS upstream
+          FROM pending
+          JOIN event USING (seq)
+         WHERE pending.seq > :after
+         ORDER BY pending.seq
+         LIMIT :looked)
+"""
 
 _BODY = """
 SELECT body
@@ -66,15 +104,33 @@ SELECT body
 """
 
 _LEDGER = """
-SELECT accepted, delivered, pending, dead, discarded, evicted, duplicates, conflicts, paused
+SELECT accepted, delivered, pending, dead, discarded, evicted, duplicates, conflicts, paused,
+       paused_upstreams
   FROM ledger
 """
 
 _OLDEST = """
-SELECT queued_ms
+SELECT seq, queued_ms
   FROM pending
+ WHERE seq >= :since
  ORDER BY seq
  LIMIT 1
+"""
+
+_OLDEST_NAMED = """
+SELECT queued_ms
+  FROM pending INDEXED BY pending_named
+ WHERE upstream = :upstream
+   AND upstream <> ''
+ ORDER BY seq
+ LIMIT 1
+"""
+
+_WAITING = """
+SELECT upstream, COUNT(*)
+  FROM pending
+ WHERE upstream <> ''
+ GROUP BY upstream
 """
 
 _SALVAGE = """
@@ -87,6 +143,7 @@ SELECT state, name, pending, dead, delivered, lost
 _RECEIPT = """
 SELECT event.seq,
        event.message_id,
+       event.upstream,
        event.state,
        COALESCE(pending.kind, dead.kind),
        event.accepted_ms,
@@ -117,21 +174,21 @@ _BY_MESSAGE_ID = f"{_RECEIPT} WHERE event.{_KNOWN}"
 
 _ROWS: dict[State, str] = {
     "pending": """
-SELECT seq, message_id, state, kind, accepted_ms, settled_ms, attempts, failing_since_ms,
-       NULL AS reason, NULL AS status, NULL AS answer,
+SELECT seq, message_id, event.upstream, state, kind, accepted_ms, settled_ms, attempts,
+       failing_since_ms, NULL AS reason, NULL AS status, NULL AS answer,
        CASE WHEN length(body) <= :listed_bytes THEN body END
   FROM pending
   JOIN event USING (seq)
 """,
     "dead": """
-SELECT seq, message_id, state, kind, accepted_ms, settled_ms, attempts, NULL AS failing_since_ms,
-       reason, status, answer,
+SELECT seq, message_id, event.upstream, state, kind, accepted_ms, settled_ms, attempts,
+       NULL AS failing_since_ms, reason, status, answer,
        CASE WHEN length(body) <= :listed_bytes THEN body END
   FROM dead
   JOIN event USING (seq)
 """,
     "delivered": """
-SELECT seq, message_id, state, NULL AS kind, accepted_ms, settled_ms, 0 AS attempts,
+SELECT seq, message_id, upstream, state, NULL AS kind, accepted_ms, settled_ms, 0 AS attempts,
        NULL AS failing_since_ms, NULL AS reason, NULL AS status, NULL AS answer, NULL AS body
   FROM event
 """,
@@ -139,6 +196,7 @@ SELECT seq, message_id, state, NULL AS kind, accepted_ms, settled_ms, 0 AS attem
 
 _CONDITIONS = {
     "message_ids": _KNOWN,
+    "upstream": "event.upstream = :upstream",
     # Not by lane: an event that has both ids lies in the lane of its userId.
     "user": """:user IN (json_extract(CAST(body AS TEXT), '$.userId'),
               json_extract(CAST(body AS TEXT), '$.anonymousId'))""",
@@ -159,23 +217,66 @@ class Reader:
     def __init__(self, db: aiosqlite.Connection, path: Path) -> None:
         self.path = path
         self._db = db
+        self._front = 0
+        self._passed_over = 0
+        """Up to this seq nothing of the default upstream waited, when `_front` was the front."""
 
     async def close(self) -> None:
         await self._db.interrupt()  # nobody waits for a query that still runs
         await self._db.close()
 
-    async def scan(self, *, after: int, limit: int) -> list[Head]:
-        """Return the next *limit* pending events behind *after*, in order of acceptance."""
-        return self._heads(
-            await self._fetch(_SCAN, after=after, limit=limit, inline_bytes=INLINE_BYTES)
-        )
+    async def scan(self, upstream: str = "", *, after: int, limit: int) -> Scan:
+        """Read on in the queue of *upstream* behind *after*, in order of acceptance.
 
-    async def lane(self, lane: int, *, after: int, upto: int, limit: int) -> list[Head]:
-        """Return the next *limit* pending events of one lane with after < seq <= upto."""
+        Looks at *limit* events, and where all are of other upstreams once more at `LOOKED`.
+        """
+        queue = _QUEUE_NAMED if upstream else _QUEUE
         rows = await self._fetch(
-            _LANE, lane=lane, after=after, upto=upto, limit=limit, inline_bytes=INLINE_BYTES
+            f"{_COLUMNS} {queue} {_SCAN}",
+            upstream=upstream,
+            after=after,
+            limit=limit,
+            inline_bytes=INLINE_BYTES,
         )
-        return self._heads(rows)
+        heads = self._heads(rows, upstream)
+        upto = rows[-1][0] if rows else after
+        if heads or len(rows) < limit:
+            return Scan(heads=heads, upto=upto, more=len(rows) == limit)
+        return await self._pass_over(upto)
+
+    async def _pass_over(self, after: int) -> Scan:
+        """Go on to the next event of the default upstream behind *after*, but not too far at once."""
+        ((first, last, looked),) = await self._fetch(_SKIP, after=after, looked=LOOKED)
+        if first is not None:
+            return Scan(heads=[], upto=first - 1, more=True)
+        return Scan(heads=[], upto=last or after, more=looked == LOOKED)
+
+    async def lane(
+        self, lane: int, upstream: str = "", *, after: int, upto: int, limit: int
+    ) -> Scan:
+        """Read on in one lane of *upstream*: the next *limit* events with after < seq <= upto.
+
+        Looks at some `LOOKED` events at most.
+        """
+        queue = _QUEUE_NAMED if upstream else _QUEUE
+        reach = upto
+        if upto - after > LOOKED:  # as many events may lie between
+            sql = f"SELECT pending.seq {queue} {_NEXT}"
+            rows = await self._fetch(sql, upstream=upstream, after=after)
+            reach = min(upto, rows[0][0] + LOOKED) if rows else upto
+        rows = await self._fetch(
+            f"{_COLUMNS} {queue} {_LANE}",
+            lane=lane,
+            upstream=upstream,
+            after=after,
+            upto=reach,
+            limit=limit,
+            inline_bytes=INLINE_BYTES,
+        )
+        heads = self._heads(rows, upstream)
+        if len(heads) == limit:
+            return Scan(heads=heads, upto=heads[-1].seq, more=True)
+        return Scan(heads=heads, upto=reach, more=reach < upto)
 
     async def body(self, seq: int) -> bytes | None:
         """Return the body of a pending event; None if it is not pending any more."""
@@ -184,7 +285,7 @@ class Reader:
 
     async def ledger(self) -> Ledger:
         """Return the counters; one row, whatever the size of the outbox."""
-        ((*counters, paused),) = await self._fetch(_LEDGER)
+        ((*counters, paused, paused_upstreams),) = await self._fetch(_LEDGER)
         accepted, delivered, pending, dead, discarded, evicted, duplicates, conflicts = counters
         return Ledger(
             accepted=accepted,
@@ -196,17 +297,51 @@ class Reader:
             duplicates=duplicates,
             conflicts=conflicts,
             paused=bool(paused),
+            paused_upstreams=named(paused_upstreams),
         )
 
-    async def oldest_pending_ms(self) -> int | None:
-        """Return when the event at the front of the queue was queued (Unix ms)."""
-        rows = await self._fetch(_OLDEST)
-        return rows[0][0] if rows else None
+    async def waiting(self) -> dict[str, int]:
+        """Count what is pending for each named upstream that has some, event by event."""
+        return {row[0]: row[1] for row in await self._fetch(_WAITING)}
 
-    async def receipt(self, message_id: str) -> Receipt | None:
-        """Return where the event stands; None for an id that is not known (any more)."""
-        rows = await self._fetch(_BY_MESSAGE_ID, **_ids((message_id,)))
-        return _receipt(rows[0]) if rows else None
+    async def oldest_pending_ms(self, upstream: str | None = None) -> int | None:
+        """Return when the first of the queue, or of that of one upstream, was queued (Unix ms)."""
+        if upstream:
+            rows = await self._fetch(_OLDEST_NAMED, upstream=upstream)
+            return rows[0][0] if rows else None
+        rows = await self._fetch(_OLDEST, since=0)
+        if not rows or upstream is None:
+            return rows[0][1] if rows else None
+        ((front, _),) = rows
+        first = await self._front_of_default(front)
+        rows = [] if first is None else await self._fetch(_OLDEST, since=first)
+        return rows[0][1] if rows else None
+
+    async def _front_of_default(self, front: int) -> int | None:
+        """Return the seq of the default upstream's first event.
+
+        What was passed over once is not looked at again, for the queue grows at its end. Only where
+        its *front* went back: then events of a damaged database were put before it.
+        """
+        after = self._passed_over if front >= self._front else 0
+        while True:
+            ((first, last, looked),) = await self._fetch(_SKIP, after=after, looked=LOOKED)
+            after = first - 1 if first is not None else last or after
+            self._front, self._passed_over = front, after
+            if first is not None or looked < LOOKED:
+                return first  # type: ignore[no-any-return]
+
+    async def receipts(self, message_id: str) -> list[Receipt]:
+        """Return where the events of that id stand, one for each upstream it was sent to."""
+        found = map(_receipt, await self._fetch(_BY_MESSAGE_ID, **_ids((message_id,))))
+        return sorted(found, key=lambda receipt: receipt.upstream)
+
+    async def receipt(self, message_id: str, upstream: str | None = None) -> Receipt | None:
+        """Return where the event stands, the default upstream's before others'; None if not known."""
+        for receipt in await self.receipts(message_id):
+            if upstream in {None, receipt.upstream}:
+                return receipt
+        return None
 
     async def select(
         self, state: State, selection: Selection, *, after: int = 0, limit: int
@@ -227,6 +362,7 @@ class Reader:
             limit=limit,
             listed_bytes=LISTED_BYTES,
             **_ids(selection.message_ids),
+            upstream=None if selection.upstream is None else unlabel(selection.upstream),
             event=selection.event,
             user=selection.user,
             text=selection.text,
@@ -253,14 +389,15 @@ class Reader:
         except UnicodeEncodeError as exc:
             raise OutboxError(f"{exc.object!r}: not valid text, so no event has it") from exc
 
-    def _heads(self, rows: list[sqlite3.Row]) -> list[Head]:
+    def _heads(self, rows: list[sqlite3.Row], upstream: str) -> list[Head]:
+        """Return the heads among *rows* that are for *upstream*."""
         for row in rows:
             # A flipped bit can make one type of another, which SQLite does not mind when it reads.
             if any(
                 not isinstance(value, kind) for value, kind in zip(row, _HEAD_TYPES, strict=True)
             ):
                 raise self._damaged("a row of the wrong types")
-        return [_head(row) for row in rows]
+        return [_head(row) for row in rows if row[-1] == upstream]
 
     def _damaged(self, why: str) -> OutboxDamagedError:
         return OutboxDamagedError(f"{self.path}: damaged ({why})")
@@ -413,7 +550,7 @@ def _ids(message_ids: tuple[str, ...]) -> dict[str, str]:
 
 
 def _head(row: sqlite3.Row) -> Head:
-    seq, lane, message_id, kind, attempts, failing_since_ms, body = row
+    seq, lane, message_id, kind, attempts, failing_since_ms, body, _ = row
     return Head(
         seq=seq,
         lane=lane,
@@ -429,6 +566,7 @@ def _receipt(row: sqlite3.Row) -> Receipt:
     (
         seq,
         message_id,
+        upstream,
         state,
         kind,
         accepted_ms,
@@ -443,6 +581,7 @@ def _receipt(row: sqlite3.Row) -> Receipt:
     return Receipt(
         seq=seq,
         message_id=message_id,
+        upstream=upstream,
         state=state,
         kind=kind,
         accepted_ms=accepted_ms,

@@ -9,11 +9,27 @@ from typing import Literal
 import msgspec
 
 from agent.event import Kind
+from agent.settings import DEFAULT_UPSTREAM
 
 State = Literal["pending", "dead", "delivered"]
 
 Reason = Literal["rejected", "gave_up", "expired"]
 """Why an event was set aside: refused by the upstream, answered 5xx to the end, or older than max_age."""
+
+
+def label(upstream: str) -> str:
+    """Return what people call *upstream*; the default one is stored as the empty text."""
+    return upstream or DEFAULT_UPSTREAM
+
+
+def unlabel(text: str) -> str:
+    """Return the upstream that people call *text*."""
+    return "" if text == DEFAULT_UPSTREAM else text
+
+
+def named(texts: str) -> frozenset[str]:
+    """Return the upstreams of a list of labels with spaces between them."""
+    return frozenset(map(unlabel, texts.split()))
 
 
 class Appended(Enum):
@@ -69,11 +85,23 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """What reading on in one upstream's queue brought: its *heads* as far as the seq *upto*.
+
+    *more* says that there may be some behind it: not all was looked at.
+    """
+
+    heads: list[Head]
+    upto: int
+    more: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
     """The counters of promise 2: accepted = delivered + pending + dead + discarded, always.
 
     *evicted* is the part of *discarded* that `drop_oldest` took; *conflicts* the part of
-    *duplicates* whose body differed.
+    *duplicates* whose body differed. *paused_upstreams* are those that were paused by name.
     """
 
     accepted: int
@@ -85,6 +113,11 @@ class Ledger:
     duplicates: int
     conflicts: int
     paused: bool
+    paused_upstreams: frozenset[str] = frozenset()
+
+    def pauses(self, upstream: str) -> bool:
+        """Return whether a person has paused *upstream*."""
+        return self.paused or upstream in self.paused_upstreams
 
 
 class Salvage(msgspec.Struct, frozen=True):
@@ -117,6 +150,7 @@ class Receipt:
     status: int | None
     answer: str | None
     body: bytes | None
+    upstream: str = ""
 
 
 class Selection(
@@ -131,11 +165,12 @@ class Selection(
 
     It is also what the control API reads, so that a condition cannot be lost on the way.
 
-    *event*, *user* and *message_ids* match exactly, *text* anywhere in the body;
+    *upstream* is by its label. *event*, *user* and *message_ids* match exactly, *text* anywhere in the body;
     *accepted_before_ms* and *accepted_after_ms* bound the time of acceptance (Unix ms).
     """
 
     message_ids: tuple[str, ...] = ()
+    upstream: str | None = None
     event: str | None = None
     user: str | None = None
     reason: Reason | None = None

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from agent.outbox.records import Ack, State
+from agent.outbox.ids import Id, id_of
+from agent.outbox.records import Ack, State, label
 from agent.outbox.store import Store
 
 if TYPE_CHECKING:  # loaded only where a damaged database is read: see rescue
@@ -43,18 +44,18 @@ SELECT 1
 """
 
 _RESTORE_EVENT = """
-INSERT INTO event (seq, message_id, digest, state, accepted_ms, settled_ms)
-VALUES (:seq, :message_id, :digest, :state, :accepted_ms, :settled_ms)
+INSERT INTO event (seq, message_id, digest, state, accepted_ms, settled_ms, upstream)
+VALUES (:seq, :message_id, :digest, :state, :accepted_ms, :settled_ms, :upstream)
 """
 
 _RESTORE_PENDING = """
-INSERT INTO pending (seq, kind, lane, queued_ms, attempts, failing_since_ms, body)
-VALUES (:seq, :kind, :lane, :queued_ms, :attempts, :failing_since_ms, :body)
+INSERT INTO pending (seq, kind, lane, queued_ms, attempts, failing_since_ms, body, upstream)
+VALUES (:seq, :kind, :lane, :queued_ms, :attempts, :failing_since_ms, :body, :upstream)
 """
 
 _RESTORE_DEAD = """
-INSERT INTO dead (seq, kind, lane, attempts, reason, status, answer, body)
-VALUES (:seq, :kind, :lane, :attempts, :reason, :status, :answer, :body)
+INSERT INTO dead (seq, kind, lane, attempts, reason, status, answer, body, upstream)
+VALUES (:seq, :kind, :lane, :attempts, :reason, :status, :answer, :body, :upstream)
 """
 
 _COUNT_RESTORED = """
@@ -82,7 +83,8 @@ UPDATE ledger
        evicted    = evicted + :evicted,
        duplicates = duplicates + :duplicates,
        conflicts  = conflicts + :conflicts,
-       paused     = MAX(paused, :paused)
+       paused     = MAX(paused, :paused),
+       paused_upstreams = CASE paused_upstreams WHEN '' THEN :names ELSE paused_upstreams END
 """
 
 _END_SALVAGE = """
@@ -129,16 +131,16 @@ def note_sets(store: Store, names: Sequence[str], *, now_ms: int, floor: int) ->
 def restore(store: Store, name: str, survivors: Sequence[Survivor]) -> None:
     """Put back the events among *survivors* that are not known here, with the seqs they had."""
     ((floor,),) = store.fetch(_FLOOR, name=name)
-    known = store.ids.find([survivor.message_id for survivor in survivors])
+    known = store.ids.find([_id(survivor) for survivor in survivors])
     taken: set[int] = set()
     rows: dict[State, list[dict[str, Any]]] = {"pending": [], "dead": [], "delivered": []}
     delivered: list[Ack] = []
     for survivor in survivors:
-        seq = known.get(survivor.message_id)
+        seq = known.get(_id(survivor))
         if seq is None:
             row = _row(store, survivor, floor=floor, taken=taken)
             rows[survivor.state].append(row)
-            known[survivor.message_id] = row["seq"]
+            known[_id(survivor)] = row["seq"]
         elif survivor.state == "delivered" and store.fetch(_IS_PENDING, seq=seq):
             # Sent again by its app meanwhile, or read as pending from an older set.
             delivered.append(Ack(seq))
@@ -146,7 +148,8 @@ def restore(store: Store, name: str, survivors: Sequence[Survivor]) -> None:
     store.change_each(_RESTORE_EVENT, everything)
     store.change_each(_RESTORE_PENDING, rows["pending"])
     store.change_each(_RESTORE_DEAD, rows["dead"])
-    store.ids.index((row["message_id"], row["seq"]) for row in everything)
+    store.restored(row["upstream"] for row in rows["pending"])
+    store.ids.index((id_of(row["upstream"], row["message_id"]), row["seq"]) for row in everything)
     counts = {state: len(some) for state, some in rows.items()}
     store.change(_COUNT_RESTORED, last_seq=store.last_seq, **counts)
     counts["delivered"] += len(delivered)
@@ -154,6 +157,10 @@ def restore(store: Store, name: str, survivors: Sequence[Survivor]) -> None:
     # No event goes out before all is read, so none of these has.
     settled_ms = max((survivor.settled_ms or 0 for survivor in survivors), default=0)
     store.settle(delivered, now_ms=settled_ms, remember=True)
+
+
+def _id(survivor: Survivor) -> Id:
+    return id_of(survivor.upstream, survivor.message_id)
 
 
 def _row(store: Store, survivor: Survivor, *, floor: int, taken: set[int]) -> dict[str, Any]:
@@ -187,6 +194,7 @@ def end(store: Store, name: str, report: Report) -> dict[str, int]:
             duplicates=ledger.duplicates,
             conflicts=ledger.conflicts,
             paused=ledger.paused,
+            names=" ".join(sorted(map(label, ledger.paused_upstreams))),
         )
         missing = ledger.pending + ledger.dead - report.pending - report.dead
         counts["lost"] = max(counts["lost"], missing)

@@ -12,6 +12,9 @@ An event's bytes live in `pending` or `dead` and go when it is delivered; its sm
 come free. `seq` is the order of acceptance; the writer assigns it from `ledger.last_seq`, never
 twice, so a reader's cursor cannot skip an event.
 
+`upstream` is the name of the one an event is for, empty for the default one. An event is its
+upstream and its messageId: the same id for two upstreams is two events.
+
 An event is stored by writing at the end of two tables and in the ledger: nothing that is written
 for each event is ordered by anything random, or a backlog would slow down the intake.
 """
@@ -152,7 +155,34 @@ _V2 = (
     """,
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2)
+# Adding a column reads a STRICT table to its end, and writes none of it.
+_V3 = (
+    """
+    ALTER TABLE event
+      ADD COLUMN upstream TEXT NOT NULL DEFAULT ''
+    """,
+    """
+    ALTER TABLE pending
+      ADD COLUMN upstream TEXT NOT NULL DEFAULT ''
+    """,
+    """
+    ALTER TABLE dead
+      ADD COLUMN upstream TEXT NOT NULL DEFAULT ''
+    """,
+    # The queue of a named upstream (reader.scan), and how many wait in it (store). Without named
+    # ones it is empty, and costs nothing.
+    """
+    CREATE INDEX pending_named ON pending (upstream, seq) WHERE upstream <> ''
+    """,
+    # Those that a person paused by name, as records.label has it, with spaces between them. In the
+    # ledger, for that survives damage.
+    """
+    ALTER TABLE ledger
+      ADD COLUMN paused_upstreams TEXT NOT NULL DEFAULT ''
+    """,
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3)
 """Statements that lead from user_version n to n + 1. Append only: databases in the field ran these."""
 
 VERSION = len(MIGRATIONS)

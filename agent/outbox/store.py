@@ -7,7 +7,8 @@ It runs in the thread of the write connection (`Database.transact`).
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -16,8 +17,8 @@ from typing import Any, assert_never
 import msgspec
 
 from agent.event import Event
-from agent.outbox.ids import KnownIds
-from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State
+from agent.outbox.ids import Id, KnownIds, id_of
+from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State, label, named
 
 _LAST_SEQ = """
 SELECT last_seq
@@ -26,7 +27,7 @@ SELECT last_seq
 
 # These two are completed by `insert_each`.
 _INSERT_EVENT = """
-INSERT INTO event (seq, message_id, digest, state, accepted_ms)
+INSERT INTO event (seq, message_id, digest, state, accepted_ms, upstream)
 VALUES"""
 
 _DIGEST = """
@@ -35,15 +36,15 @@ SELECT digest
  WHERE seq = :seq
 """
 
-_MESSAGE_ID = """
-SELECT message_id
+_ID = """
+SELECT upstream, message_id
   FROM event
  WHERE seq = :seq
    AND state = :state
 """
 
 _INSERT_PENDING = """
-INSERT INTO pending (seq, kind, lane, queued_ms, body)
+INSERT INTO pending (seq, kind, lane, queued_ms, body, upstream)
 VALUES"""
 
 _COUNT_APPENDED = """
@@ -108,8 +109,8 @@ UPDATE pending
 """
 
 _INSERT_DEAD = """
-INSERT INTO dead (seq, kind, lane, attempts, reason, status, answer, body)
-SELECT seq, kind, lane, attempts + :attempts, :reason, :status, :answer, body
+INSERT INTO dead (seq, kind, lane, attempts, reason, status, answer, body, upstream)
+SELECT seq, kind, lane, attempts + :attempts, :reason, :status, :answer, body, upstream
   FROM pending
  WHERE seq = :seq
     ON CONFLICT (seq) DO NOTHING
@@ -139,8 +140,8 @@ UPDATE event
 """
 
 _MOVE_REQUEUED = """
-INSERT INTO pending (seq, kind, lane, queued_ms, body)
-SELECT :new_seq, kind, lane, :now_ms, body
+INSERT INTO pending (seq, kind, lane, queued_ms, body, upstream)
+SELECT :new_seq, kind, lane, :now_ms, body, upstream
   FROM dead
  WHERE seq = :seq
 """
@@ -195,14 +196,38 @@ SELECT seq
  ORDER BY settled_ms
  LIMIT :limit
 """
+
 _PENDING = """
 SELECT pending
   FROM ledger
 """
 
+_NAMED = """
+SELECT upstream, COUNT(*)
+  FROM pending
+ WHERE upstream <> ''
+ GROUP BY upstream
+"""
+
+# Of `event`, whose rows are small: in `pending` the name stands behind the body.
+_NAMED_AMONG = """
+SELECT event.upstream, COUNT(*)
+  FROM (SELECT DISTINCT value AS seq FROM json_each(:seqs)) AS given
+ CROSS JOIN pending ON pending.seq = given.seq
+ CROSS JOIN event ON event.seq = given.seq
+ WHERE event.upstream <> ''
+ GROUP BY event.upstream
+"""
+
+_PAUSED = """
+SELECT paused, paused_upstreams
+  FROM ledger
+"""
+
 _SET_PAUSED = """
 UPDATE ledger
-   SET paused = :paused
+   SET paused = :paused,
+       paused_upstreams = :names
 """
 
 _TOUCH = """
@@ -241,35 +266,52 @@ class Store:
         ((self.last_seq,),) = self.fetch(_LAST_SEQ)
         self.withdrawn = 0
         """How many pending events were evicted or expired: whoever has read some must look again."""
+        self.waiting: Mapping[str, int] = dict(self.fetch(_NAMED))
+        """How many events are pending for each named upstream that has some.
+
+        Counted once, then kept: to count a million each time somebody asks would take too long. Another
+        mapping after each change, so that other threads may read it.
+        """
+        self._waiting_more: Counter[str] = Counter()
+        """What the open transaction changes of that."""
 
     def committed(self) -> None:
         self.ids.committed()
+        if self._waiting_more:
+            waiting = Counter(self.waiting)
+            waiting.update(self._waiting_more)
+            self.waiting = +waiting
+            self._waiting_more = Counter()
 
     def rolled_back(self) -> None:
         self.ids.rolled_back()
+        self._waiting_more = Counter()
 
     def append(self, events: Sequence[Event]) -> list[Appended]:
         """Queue the events whose ids are not known yet; return what became of each, in order."""
-        known = self.ids.find([event.message_id for event in events])
+        known = self.ids.find([id_of(event.upstream, event.message_id) for event in events])
         digests: dict[int, bytes] = {}
         event_rows: list[tuple[Any, ...]] = []
         pending_rows: list[tuple[Any, ...]] = []
         results: list[Appended] = []
         for event in events:
-            seq = known.get(event.message_id)
+            event_id = id_of(event.upstream, event.message_id)
+            seq = known.get(event_id)
             if seq is not None:
                 same = event.digest == (digests.get(seq) or self._digest(seq))
                 results.append(Appended.REPLAYED if same else Appended.CONFLICTING)
                 continue
             # Burnt even if the transaction fails: a seq is never given twice.
             self.last_seq = seq = self.last_seq + 1
-            known[event.message_id] = seq
+            known[event_id] = seq
             digests[seq] = event.digest
-            self.ids.add(event.message_id, seq)
+            self.ids.add(event_id, seq)
             results.append(Appended.STORED)
-            at_ms = event.received_ms
-            event_rows.append((seq, event.message_id, event.digest, "pending", at_ms))
-            pending_rows.append((seq, event.kind, event.lane, at_ms, event.body))
+            at_ms, upstream = event.received_ms, event.upstream
+            event_rows.append((seq, event.message_id, event.digest, "pending", at_ms, upstream))
+            pending_rows.append((seq, event.kind, event.lane, at_ms, event.body, upstream))
+            if upstream:
+                self._waiting_more[upstream] += 1
         self.insert_each(_INSERT_EVENT, event_rows)
         self.insert_each(_INSERT_PENDING, pending_rows)
         self.change(
@@ -288,8 +330,8 @@ class Store:
 
     def knows_all(self, events: Sequence[Event]) -> bool:
         """Return whether each id is pending, dead or remembered as delivered."""
-        message_ids = {event.message_id for event in events}
-        return len(self.ids.find(message_ids)) == len(message_ids)
+        ids = {id_of(event.upstream, event.message_id) for event in events}
+        return len(self.ids.find(ids)) == len(ids)
 
     def settle(self, settlements: Iterable[Settlement], *, now_ms: int, remember: bool) -> None:
         """Apply what the forwarder decided. Without *remember*, a delivered id is forgotten at once.
@@ -354,10 +396,12 @@ class Store:
     def requeue(self, seqs: Sequence[int], *, now_ms: int) -> int:
         """Put dead letters back, at the end of the queue in the order given; return how many."""
         rows: list[dict[str, Any]] = []
-        for message_id, seq in self._message_ids(dict.fromkeys(seqs), "dead"):
+        for event_id, seq in self._ids(dict.fromkeys(seqs), "dead"):
             self.last_seq += 1
-            self.ids.forget([(message_id, seq)])
-            self.ids.add(message_id, self.last_seq)
+            self.ids.forget([(event_id, seq)])
+            self.ids.add(event_id, self.last_seq)
+            if not isinstance(event_id, str):
+                self._waiting_more[event_id[0]] += 1
             rows.append({"seq": seq, "new_seq": self.last_seq, "now_ms": now_ms})
         self.change_each(_MARK_REQUEUED, rows)
         self.change_each(_MOVE_REQUEUED, rows)
@@ -411,7 +455,13 @@ class Store:
         ((pending,),) = self.fetch(_PENDING)
         return pending  # type: ignore[no-any-return]
 
+    def restored(self, upstreams: Iterable[str]) -> None:
+        """Count events that became pending by another way than these verbs, by their upstreams."""
+        self._waiting_more.update(name for name in upstreams if name)
+
     def _delete_pending(self, seqs: list[int]) -> None:
+        if self.waiting or self._waiting_more:
+            self._waiting_more.subtract(dict(self.fetch(_NAMED_AMONG, seqs=_json(seqs))))
         self.change(_DELETE_PENDING, seqs=_json(seqs))
 
     def prune(self, cutoff_ms: int, *, limit: int) -> int:
@@ -421,19 +471,34 @@ class Store:
 
     def _forget(self, seqs: Iterable[int], state: State) -> int:
         """Forget the events among *seqs* that are in *state*; return how many."""
-        ids = self._message_ids(seqs, state)
+        ids = self._ids(seqs, state)
         self.ids.forget(ids)
         return self.change_each(_FORGET, [{"seq": seq, "state": state} for _, seq in ids])
 
-    def _message_ids(self, seqs: Iterable[int], state: State) -> list[tuple[str, int]]:
+    def _ids(self, seqs: Iterable[int], state: State) -> list[tuple[Id, int]]:
         return [
-            (message_id, seq)
+            (id_of(upstream, message_id), seq)
             for seq in seqs
-            for (message_id,) in self.fetch(_MESSAGE_ID, seq=seq, state=state)
+            for upstream, message_id in self.fetch(_ID, seq=seq, state=state)
         ]
 
     def set_paused(self, paused: bool) -> None:
-        self.change(_SET_PAUSED, paused=paused)
+        """Remember a pause of all upstreams, or the end of every pause."""
+        self.change(_SET_PAUSED, paused=paused, names="")
+
+    def pause_one(self, upstream: str) -> None:
+        """Remember a pause of one upstream; where all are paused it is among them."""
+        ((paused, names),) = self.fetch(_PAUSED)
+        if not paused:
+            self._set_paused_upstreams({*named(names), upstream})
+
+    def resume_one(self, upstream: str, *, others: Iterable[str]) -> None:
+        """End the pause of one upstream; a pause of all becomes one of each of the *others*."""
+        ((paused, names),) = self.fetch(_PAUSED)
+        self._set_paused_upstreams({*(others if paused else named(names))} - {upstream})
+
+    def _set_paused_upstreams(self, upstreams: Iterable[str]) -> None:
+        self.change(_SET_PAUSED, paused=False, names=" ".join(sorted(map(label, upstreams))))
 
     def touch(self) -> None:
         """Write something that means nothing, to see whether it can be written: a seq is burnt.

@@ -25,7 +25,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ from agent.errors import (
 from agent.event import Event
 from agent.outbox import aside, database, lock, restore
 from agent.outbox.database import Database
+from agent.outbox.news import News
 from agent.outbox.records import Appended, Settlement
 from agent.outbox.room import Policy, Room
 from agent.outbox.store import Store
@@ -125,8 +126,8 @@ class Writer:
         self.path = path
         self.fault: str | None = None
         """Why nothing can be written right now, for `status`; None while all is well."""
-        self.appended = asyncio.Event()
-        """Set at each commit that made events pending; whoever waits for it clears it."""
+        self.appended = News()
+        """Told of each commit that made events pending."""
         self.commits = 0
         """Transactions committed so far: the writer's progress, for the watchdog."""
         self.rescuing = False
@@ -223,6 +224,11 @@ class Writer:
     def withdrawn(self) -> int:
         """How many pending events were evicted or expired since the outbox was opened."""
         return 0 if self._db is None else self._db.withdrawn
+
+    @property
+    def waiting(self) -> Mapping[str, int]:
+        """How many events are pending for each named upstream that has some."""
+        return {} if self._db is None else self._db.waiting
 
     def suspect(self, damage: str) -> None:
         """A reader met damage: begin anew with an empty database, and salvage the damaged one."""
@@ -364,9 +370,15 @@ class Writer:
                 _resolve(job.done, result)
         for settle in group.settles:
             _resolve(settle.done, None)
-        if any(isinstance(result, list) and Appended.STORED in result for result in results):
+        stored = {
+            event.upstream
+            for job, result in zip(group.appends, results, strict=True)
+            if isinstance(result, list) and Appended.STORED in result
+            for event in job.events
+        }
+        if stored:
             self._room.full = None
-            self.appended.set()
+            self.appended.tell(stored)
 
     async def _recover(self, exc: Exception) -> None:
         """Carry on after a group that could not be committed."""

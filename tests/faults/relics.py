@@ -143,6 +143,9 @@ async def _fill(outbox: Path) -> None:
         await writer.perform(lambda store: store.discard([6]))
         await writer.perform(lambda store: store.requeue([9], now_ms=clock.wall_ms()))
         await writer.append(events[12:])
+        other = _event("event-17", "ann", clock)
+        await writer.append([msgspec.structs.replace(other, upstream="crm")])
+        await writer.settle(Ack(18))
 
 
 def _dump(db: sqlite3.Connection) -> Iterator[str]:

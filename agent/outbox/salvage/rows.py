@@ -17,8 +17,9 @@ from typing import cast, get_args
 import msgspec
 
 from agent.event import Kind
-from agent.outbox.records import Ledger, Reason, State
+from agent.outbox.records import Ledger, Reason, State, named
 from agent.outbox.salvage.pages import Shape, Value
+from agent.settings import UPSTREAM_NAME
 
 _KINDS = frozenset(get_args(Kind))
 _REASONS = frozenset(get_args(Reason))
@@ -29,7 +30,7 @@ _DIGEST_BYTES = 16
 _STAMP = re.compile(rb',"timestamp":"[0-9TZ:.-]{24}"\}\Z')
 """What `agent.event` adds at the end of a body without a timestamp, after taking its digest."""
 
-_LEDGER_COUNTERS = (
+_LEDGER_COLUMNS = (
     "last_seq",
     "accepted",
     "delivered",
@@ -40,7 +41,10 @@ _LEDGER_COUNTERS = (
     "duplicates",
     "conflicts",
     "paused",
+    "indexed_upto",
+    "paused_upstreams",
 )
+"""As far as the version had them."""
 
 
 class Table(Enum):
@@ -58,11 +62,16 @@ ABOUT_EVENTS = frozenset({Table.EVENT, Table.PENDING, Table.DEAD})
 _SHAPES = {
     Table.SCHEMA: re.compile(r"ttti[tn]"),
     Table.LEDGER: re.compile(r"ni{10}.*"),
-    Table.PENDING: re.compile(r"ntiii[in]b"),
-    Table.DEAD: re.compile(r"ntiit[in]tb"),
-    Table.EVENT: re.compile(r"ntbti[in]"),
+    Table.PENDING: re.compile(r"ntiii[in]bt?"),
+    Table.DEAD: re.compile(r"ntiit[in]tbt?"),
+    Table.EVENT: re.compile(r"ntbti[in]t?"),
 }
-"""The columns of each table: null, integer, text or blob. The ledger may gain columns."""
+"""The columns of each table: null, integer, text or blob. The ledger may gain columns.
+
+The last text is the upstream, which rows of before version 3 have not, in databases of any version.
+"""
+
+_UPSTREAM = re.compile(UPSTREAM_NAME)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +81,7 @@ class EventRow:
     state: State
     accepted_ms: int
     settled_ms: int | None
+    upstream: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +92,7 @@ class PendingRow:
     attempts: int
     failing_since_ms: int | None
     body: bytes
+    upstream: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +104,7 @@ class DeadRow:
     status: int | None
     answer: str
     body: bytes
+    upstream: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +196,12 @@ def _letter(kind: int) -> str:
 
 
 def _event(
-    message_id: Value, digest: Value, state: Value, accepted_ms: Value, settled_ms: Value
+    message_id: Value,
+    digest: Value,
+    state: Value,
+    accepted_ms: Value,
+    settled_ms: Value,
+    upstream: Value = b"",
 ) -> EventRow | None:
     row = EventRow(
         message_id=_text(message_id),
@@ -192,11 +209,13 @@ def _event(
         state=cast(State, _text(state)),
         accepted_ms=cast(int, accepted_ms),
         settled_ms=cast(int | None, settled_ms),
+        upstream=_text(upstream),
     )
     sound = (
         len(row.digest) == _DIGEST_BYTES
         and row.state in _STATES
         and (row.settled_ms is None) == (row.state == "pending")
+        and _is_upstream(row.upstream)
     )
     return row if sound else None
 
@@ -208,6 +227,7 @@ def _pending(
     attempts: Value,
     failing_since_ms: Value,
     body: Value,
+    upstream: Value = b"",
 ) -> PendingRow | None:
     row = PendingRow(
         kind=cast(Kind, _text(kind)),
@@ -216,11 +236,13 @@ def _pending(
         attempts=cast(int, attempts),
         failing_since_ms=cast(int | None, failing_since_ms),
         body=cast(bytes, body),
+        upstream=_text(upstream),
     )
     sound = (
         row.kind in _KINDS
         and row.attempts >= 0
         and (row.failing_since_ms is None) == (row.attempts == 0)
+        and _is_upstream(row.upstream)
     )
     return row if sound else None
 
@@ -233,6 +255,7 @@ def _dead(
     status: Value,
     answer: Value,
     body: Value,
+    upstream: Value = b"",
 ) -> DeadRow | None:
     row = DeadRow(
         kind=cast(Kind, _text(kind)),
@@ -242,17 +265,32 @@ def _dead(
         status=cast(int | None, status),
         answer=_text(answer),
         body=cast(bytes, body),
+        upstream=_text(upstream),
     )
-    return row if row.kind in _KINDS and row.attempts >= 0 and row.reason in _REASONS else None
+    sound = (
+        row.kind in _KINDS
+        and row.attempts >= 0
+        and row.reason in _REASONS
+        and _is_upstream(row.upstream)
+    )
+    return row if sound else None
 
 
 def _ledger(values: Sequence[Value]) -> LedgerRow | None:
-    counts = dict(zip(_LEDGER_COUNTERS, cast(Sequence[int], values), strict=False))
+    found = dict(zip(_LEDGER_COLUMNS, values, strict=False))
+    names = found.pop("paused_upstreams", b"")
+    counts = cast(dict[str, int], found)
+    counts.pop("indexed_upto", 0)
     last_seq, paused = counts.pop("last_seq"), counts.pop("paused")
-    ledger = Ledger(**counts, paused=bool(paused))
+    paused_upstreams = named(names.decode() if isinstance(names, bytes) else "")
+    ledger = Ledger(**counts, paused=bool(paused), paused_upstreams=paused_upstreams)
     kept = ledger.delivered + ledger.pending + ledger.dead + ledger.discarded
     sound = min(last_seq, *counts.values()) >= 0 and ledger.accepted == kept and paused in {0, 1}
     return LedgerRow(last_seq, ledger) if sound else None
+
+
+def _is_upstream(name: str) -> bool:
+    return not name or _UPSTREAM.fullmatch(name) is not None
 
 
 def _text(value: Value) -> str:

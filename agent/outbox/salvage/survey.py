@@ -54,6 +54,7 @@ class Survivor:
     status: int | None = None
     answer: str | None = None
     body: bytes | None = None
+    upstream: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -266,6 +267,7 @@ def _delivered(seq: int, event: EventRow) -> Survivor:
         state="delivered",
         accepted_ms=event.accepted_ms,
         settled_ms=event.settled_ms,
+        upstream=event.upstream,
     )
 
 
@@ -291,4 +293,5 @@ def _waiting(seq: int, found: _Bodied, event: EventRow | None, before_ms: int) -
         status=dead.status if dead else None,
         answer=dead.answer if dead else None,
         body=row.body,
+        upstream=event.upstream if event else row.upstream,
     )
