@@ -47,10 +47,11 @@ def _configure_logs(settings: Settings) -> None:
     from agent.observe.logs import Redactor, configure
 
     redactor = Redactor()
-    if settings.upstream.write_key is not None:
-        redactor.add(settings.upstream.write_key.reveal())
-    if settings.upstream.proxy:
-        redactor.add(urlsplit(settings.upstream.proxy).password or "")
+    for upstream in (settings.upstream, *settings.upstreams.values()):
+        if upstream.write_key is not None:
+            redactor.add(upstream.write_key.reveal())
+        if upstream.proxy:
+            redactor.add(urlsplit(upstream.proxy).password or "")
     configure(settings.log.level, settings.log.format, sys.stderr, redactor)
 
 

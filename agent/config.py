@@ -16,17 +16,17 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
 import msgspec
 import platformdirs
 
 from agent.errors import ConfigError
-from agent.keys import KEYS, PREFIX, SECTIONS, VARIABLES, Key, bare, shown, toml
-from agent.settings import Forward, Settings
-from agent.units import Bytes, Seconds, WriteKey
+from agent.keys import KEYS, PREFIX, STRUCTS, UPSTREAMS, Key, bare, keys_with, shown, toml
+from agent.settings import DEFAULT_UPSTREAM, UPSTREAM_NAME, Forward, NamedUpstream, Settings
+from agent.units import Bytes, Seconds, WriteKey, app_keys, key_digest
 
 APP = "tranthor-agent"
 FILE_VARIABLE = f"{PREFIX}CONFIG"
@@ -47,23 +47,27 @@ class Loaded:
 
     *file* is None when none was found. *origins* has every key ("upstream.url"): "default", the path
     of a file, "environment NAME" or "credential write_key". *problems* are sentences for a person.
+    *app_keys* has for the digest of an app's write key the upstream that its events are for;
+    *unknown_app_keys* is not empty while there is one that could not be read.
     """
 
     settings: Settings
     file: Path | None
     origins: Mapping[str, str]
     problems: tuple[str, ...]
+    app_keys: Mapping[str, str] = field(default_factory=dict)
+    unknown_app_keys: str = ""
 
-    def missing(self) -> str | None:
-        """Return the sentence that says why nothing can be forwarded; None when something can."""
-        upstream = self.settings.upstream
+    def missing(self, name: str = "") -> str | None:
+        """Return why nothing can be forwarded to the upstream of that name; None when it can."""
+        upstream, section = self.settings.upstream_of(name), _section(name)
         where = f" in {self.file}" if self.file else "; `tranthor-agent config init` writes a file"
-        key = "upstream.write_key (or write_key_file)"
-        known = next((text for text in self.problems if text.startswith(_KEY_PROBLEM)), "")
+        key = f"{section}.write_key (or write_key_file)"
+        known = next((it for it in self.problems if it.startswith(f"{section}.write_key")), "")
         if not upstream.url and upstream.write_key is None and not known:
-            return f"no upstream is configured: set upstream.url and {key}{where}"
+            return f"no upstream is configured: set {section}.url and {key}{where}"
         if not upstream.url:
-            return f"no upstream is configured: set upstream.url{where}"
+            return f"no upstream is configured: set {section}.url{where}"
         if upstream.write_key is None:
             return known or f"no write key is configured: set {key}{where}"
         return None
@@ -96,25 +100,39 @@ def load(
     file = named.absolute() if named else _first(search_path() if search is None else search)
     faults: list[str] = []
     values: dict[str, Any] = {}
-    origins = dict.fromkeys(KEYS, "default")
-    for given in [*_from_file(file, faults), *_from_environ(environ, faults)]:
+    tables = {} if file is None else _sections(_parse(file))
+    names = sorted({*_named_in_file(file, tables, faults), *_named_in_environ(environ)})
+    keys = keys_with(names)
+    origins = dict.fromkeys(keys, "default")
+    for given in [*_from_file(file, tables, keys, faults), *_from_environ(environ, keys, faults)]:
         key = given.key
         try:
             values[key.dotted] = _decode(key, given.raw, given.folder)
         except ValueError as exc:
             faults.append(f"{given.where} = {shown(key, given.raw)}: {exc}")
         origins[key.dotted] = given.origin
-    faults.extend(f"{file or 'environment'}: {fault}" for fault in _contradictions(values, origins))
+    claims, unread = _app_keys(values, names)
+    faults.extend(
+        f"{file or 'environment'}: {fault}"
+        for fault in (*_contradictions(values, origins, names), *_disputes(claims))
+    )
     if faults:
         raise ConfigError("\n".join(faults))
-    problems = [
-        *_settle_key(values, origins, environ, file),
-        *_file_problems(values),
-        *_near(environ),
-    ]
+    problems = list(unread)
+    for name in ("", *names):
+        problems += _settle_key(name, values, origins, environ, file)
+        problems += _file_problems(_section(name), values)
+    problems += _near(environ, keys)
     if values.get("outbox.path", Path()) == Path():
         values["outbox.path"], origins["outbox.path"] = _outbox_path(environ, file)
-    return Loaded(settings=_build(values), file=file, origins=origins, problems=tuple(problems))
+    return Loaded(
+        settings=_build(values, names),
+        file=file,
+        origins=origins,
+        problems=tuple(problems),
+        app_keys={digest: claimants[0] for digest, claimants in claims.items()},
+        unknown_app_keys=next(iter(unread), ""),
+    )
 
 
 def effective(loaded: Loaded) -> list[Effective]:
@@ -122,23 +140,36 @@ def effective(loaded: Loaded) -> list[Effective]:
     return [
         Effective(
             key=key.dotted,
-            value=toml(getattr(getattr(loaded.settings, key.section), key.name)),
+            value=toml(_value_of(loaded.settings, key)),
             origin=loaded.origins[key.dotted],
         )
-        for key in KEYS.values()
+        for key in keys_with(loaded.settings.upstreams).values()
     ]
 
 
-def _build(values: Mapping[str, Any]) -> Settings:
-    sections = {}
-    for section in msgspec.structs.fields(Settings):
-        given = {
-            key.name: values[key.dotted]
-            for key in KEYS.values()
-            if key.section == section.name and key.dotted in values
+def _value_of(settings: Settings, key: Key) -> object:
+    section, _, name = key.section.partition(".")
+    table = settings.upstreams[name] if name else getattr(settings, section)
+    return getattr(table, key.name)
+
+
+def _build(values: Mapping[str, Any], names: Sequence[str]) -> Settings:
+    def given(section: str) -> dict[str, Any]:
+        start = f"{section}."
+        return {
+            dotted.removeprefix(start): value
+            for dotted, value in values.items()
+            if dotted.startswith(start)
         }
-        sections[section.name] = get_args(section.type)[0](**given)
-    return Settings(**sections)
+
+    sections = {section: struct(**given(section)) for section, struct in STRUCTS.items()}
+    upstreams = {name: NamedUpstream(**given(_section(name))) for name in names}
+    return Settings(**sections, upstreams=upstreams)
+
+
+def _section(name: str) -> str:
+    """Return the section of one upstream; that without a name is the default one."""
+    return f"{UPSTREAMS}.{name}" if name else "upstream"
 
 
 # --- reading ---
@@ -170,11 +201,51 @@ def _first(candidates: Sequence[Path]) -> Path | None:
     return None
 
 
-def _from_file(file: Path | None, faults: list[str]) -> Iterator[_Given]:
+def _sections(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tables of a file by the names that stand in brackets above them."""
+    upstreams = tables.get(UPSTREAMS)
+    if not isinstance(upstreams, dict):
+        return dict(tables)
+    named = {f"{UPSTREAMS}.{name}": table for name, table in upstreams.items()}
+    return {name: table for name, table in tables.items() if name != UPSTREAMS} | named
+
+
+def _named_in_file(file: Path | None, tables: dict[str, Any], faults: list[str]) -> Iterator[str]:
+    """Yield the names of upstreams; sections that cannot be one are taken out of *tables*."""
+    for section in [section for section in tables if section.startswith(f"{UPSTREAMS}.")]:
+        name = section.removeprefix(f"{UPSTREAMS}.")
+        if not isinstance(tables[section], dict):
+            why = f"[{UPSTREAMS}] {bare(name)}: write [{UPSTREAMS}.NAME] above it"
+        elif name == DEFAULT_UPSTREAM:
+            why = f"[{section}]: so the one of [upstream] is called: choose another name"
+        elif not re.fullmatch(UPSTREAM_NAME, name):
+            why = (
+                f"[{UPSTREAMS}.{bare(name)}]: the name of an upstream has lower-case letters, digits"
+                " and single dashes between them, 32 at most"
+            )
+        else:
+            yield name
+            continue
+        faults.append(f"{file}: {why}")
+        del tables[section]
+
+
+def _named_in_environ(environ: Mapping[str, str]) -> Iterator[str]:
+    for variable in environ:
+        found = re.fullmatch(rf"{PREFIX}{UPSTREAMS.upper()}__([A-Z0-9_]+?)__[A-Z0-9_]+", variable)
+        name = found[1].lower().replace("_", "-") if found else ""
+        if re.fullmatch(UPSTREAM_NAME, name) and name != DEFAULT_UPSTREAM:
+            yield name
+
+
+def _from_file(
+    file: Path | None, tables: Mapping[str, Any], keys: Mapping[str, Key], faults: list[str]
+) -> Iterator[_Given]:
     if file is None:
         return
-    for section, table in _parse(file).items():
-        if section not in SECTIONS:
+    sections = {key.section for key in keys.values()}
+    for section, table in tables.items():
+        if section not in sections:
             faults.append(f"{file}: {_unknown_section(section)}")
         elif not isinstance(table, dict):
             faults.append(
@@ -183,9 +254,11 @@ def _from_file(file: Path | None, faults: list[str]) -> Iterator[_Given]:
         else:
             for name, raw in table.items():
                 where = f"{file}: [{section}] {bare(name)}"
-                key = KEYS.get(f"{section}.{name}")
-                if key is None:
-                    faults.append(f"{where}: {_unknown_key(section, name)}")
+                key = keys.get(f"{section}.{name}")
+                if key is None and section == "upstream" and isinstance(raw, dict):
+                    faults.append(f"{where}: did you mean [{UPSTREAMS}.{bare(name)}]?")
+                elif key is None:
+                    faults.append(f"{where}: {_unknown_key(section, name, keys)}")
                 else:
                     yield _Given(
                         key=key, raw=raw, where=where, origin=str(file), folder=file.parent
@@ -212,14 +285,17 @@ def _parse(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: not valid TOML: {exc}{quotes}") from exc
 
 
-def _from_environ(environ: Mapping[str, str], faults: list[str]) -> Iterator[_Given]:
+def _from_environ(
+    environ: Mapping[str, str], keys: Mapping[str, Key], faults: list[str]
+) -> Iterator[_Given]:
+    variables = {key.variable: key for key in keys.values()}
     for name, text in sorted(environ.items()):
         if not name.startswith(PREFIX) or "__" not in name:
             continue
         where = f"environment: {bare(name)}"
-        key = VARIABLES.get(name)
+        key = variables.get(name)
         if key is None:
-            faults.append(f"{where}: unknown variable; {_nearest(name, list(VARIABLES))}")
+            faults.append(f"{where}: unknown variable; {_nearest(name, list(variables))}")
         else:
             yield _Given(
                 key=key,
@@ -243,14 +319,16 @@ def _unknown_section(section: str) -> str:
     home = next((key for key in KEYS.values() if key.name == section), None)
     if home is not None:
         return f"{section} stands in no section: put it beneath [{home.section}]"
-    return f"[{bare(section)}]: unknown section; {_nearest(section, list(SECTIONS))}"
+    if section == UPSTREAMS:
+        return f"{UPSTREAMS} has a section for each name: write [{UPSTREAMS}.NAME], and its keys beneath"
+    return f"[{bare(section)}]: unknown section; {_nearest(section, [*STRUCTS, UPSTREAMS])}"
 
 
-def _unknown_key(section: str, name: str) -> str:
-    home = next((key for key in KEYS.values() if key.name == name), None)
+def _unknown_key(section: str, name: str, keys: Mapping[str, Key]) -> str:
+    home = next((key for key in keys.values() if key.name == name), None)
     if home is not None:
         return f"unknown key; it belongs to [{home.section}]"
-    return f"unknown key; {_nearest(name, [k.name for k in KEYS.values() if k.section == section])}"
+    return f"unknown key; {_nearest(name, [k.name for k in keys.values() if k.section == section])}"
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -265,12 +343,13 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"there are {', '.join(known)}"
 
 
-def _near(environ: Mapping[str, str]) -> Iterator[str]:
+def _near(environ: Mapping[str, str], keys: Mapping[str, Key]) -> Iterator[str]:
     """Yield a problem for each variable that lacks one underscore.
 
     It is no error, since Kubernetes makes such names by itself for a service "tranthor-agent-...".
     """
-    for variable in VARIABLES:
+    for key in keys.values():
+        variable = key.variable
         slip = variable.replace("__", "_")
         if slip in environ:
             yield f"environment: {slip} is ignored; did you mean {variable}?"
@@ -299,6 +378,8 @@ def _decode(key: Key, raw: object, folder: Path) -> Any:
         raise ValueError(f"expected {key.allowed}")
     if isinstance(value, Path) and value != Path():
         value = _absolute(value, folder)
+    if key.base == tuple[Path, ...]:
+        value = tuple(_absolute(path, folder) for path in value)
     return value if key.help.check is None else key.help.check(value)
 
 
@@ -321,15 +402,18 @@ def _absolute(path: Path, folder: Path) -> Path:
         raise ValueError("there is no home folder for ~: write the whole path") from None
 
 
-def _contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> Iterator[str]:
-    key, key_file = "upstream.write_key", "upstream.write_key_file"
-    if values.get(key) and values.get(key_file):
-        yield (
-            f"[upstream] write_key ({origins[key]}) and write_key_file ({origins[key_file]}) are"
-            " both set: keep one, and make the other empty"
-        )
-    if values.get("upstream.client_key") and not values.get("upstream.client_cert"):
-        yield "[upstream] client_key is of no use without client_cert: set both, or neither"
+def _contradictions(
+    values: Mapping[str, Any], origins: Mapping[str, str], names: Sequence[str]
+) -> Iterator[str]:
+    for section in map(_section, ("", *names)):
+        key, key_file = f"{section}.write_key", f"{section}.write_key_file"
+        if values.get(key) and values.get(key_file):
+            yield (
+                f"[{section}] write_key ({origins[key]}) and write_key_file ({origins[key_file]})"
+                " are both set: keep one, and make the other empty"
+            )
+        if values.get(f"{section}.client_key") and not values.get(f"{section}.client_cert"):
+            yield f"[{section}] client_key is of no use without client_cert: set both, or neither"
     base = values.get("forward.backoff_base", Forward().backoff_base)
     cap = values.get("forward.backoff_max", Forward().backoff_max)
     if cap < base:
@@ -339,51 +423,91 @@ def _contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> It
         )
 
 
+def _disputes(claims: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    for digest, claimants in claims.items():
+        if len(claimants) > 1:
+            first, second, *_ = claimants
+            yield (
+                f"[{_section(first)}] and [{_section(second)}] claim the same app's key (SHA-256"
+                f" {digest[:12]}...): leave it to one of them"
+            )
+
+
 # --- what lies outside the file ---
 
-_KEY_PROBLEM = "upstream.write_key"
+
+def _app_keys(
+    values: Mapping[str, Any], names: Sequence[str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the digests of apps' keys with the upstreams that claim each, and what cannot be read."""
+    claims: dict[str, list[str]] = {}
+    problems: list[str] = []
+    for name in names:
+        section = _section(name)
+        digests = set(values.get(f"{section}.app_key_sha256", ()))
+        for path in values.get(f"{section}.app_key_files", ()):
+            where = f"{section}.app_key_files = {toml(path)}"
+            try:
+                key = _read_key(path)
+            except OSError as exc:
+                problems.append(
+                    f"{where}: cannot be read ({exc.strerror}); check the path and its permissions"
+                )
+                continue
+            if key is None:
+                problems.append(f"{where}: the file is empty; put the app's write key into it")
+            else:
+                digests |= set(map(key_digest, app_keys(key.reveal())))
+        for digest in sorted(digests):
+            claims.setdefault(digest, []).append(name)
+    return claims, problems
 
 
 def _settle_key(
-    values: dict[str, Any], origins: dict[str, str], environ: Mapping[str, str], file: Path | None
+    name: str,
+    values: dict[str, Any],
+    origins: dict[str, str],
+    environ: Mapping[str, str],
+    file: Path | None,
 ) -> Iterator[str]:
     """Put the write key that counts into *values*, or yield what is wrong with it."""
-    name = _KEY_PROBLEM
-    key: WriteKey | None = values.get(name)
+    dotted = where = f"{_section(name)}.write_key"
+    key: WriteKey | None = values.get(dotted)
+    credential = f"{CREDENTIAL}.{name}" if name else CREDENTIAL
     try:
-        if path := values.get("upstream.write_key_file"):
-            name, origins[_KEY_PROBLEM] = f"upstream.write_key_file = {toml(path)}", str(path)
+        if path := values.get(f"{dotted}_file"):
+            where, origins[dotted] = f"{dotted}_file = {toml(path)}", str(path)
             key = _read_key(path)
             if key is None:
-                yield f"{name}: the file is empty; put the write key into it"
-        elif key is None and (credential := _credential(environ, file)):
-            name = f"upstream.write_key (systemd credential {CREDENTIAL})"
+                yield f"{where}: the file is empty; put the write key into it"
+        elif key is None and (handed_over := _credential(credential, environ, file)):
+            where = f"{dotted} (systemd credential {credential})"
             # The unit gives an empty one where no key was installed yet: that is none.
-            key = _read_key(credential)
+            key = _read_key(handed_over)
             if key is not None:
-                origins[_KEY_PROBLEM] = f"credential {CREDENTIAL}"
+                origins[dotted] = f"credential {credential}"
         if key is not None and not (key.reveal().isascii() and key.reveal().isprintable()):
             key = None
             yield (
-                f"{name}: a write key is one line of printable ASCII, and this is not;"
+                f"{where}: a write key is one line of printable ASCII, and this is not;"
                 " copy it again from your workspace"
             )
     except OSError as exc:
         key = None
-        yield f"{name}: cannot be read ({exc.strerror}); check the path and its permissions"
-    values[_KEY_PROBLEM] = key
+        yield f"{where}: cannot be read ({exc.strerror}); check the path and its permissions"
+    values[dotted] = key
 
 
-def _credential(environ: Mapping[str, str], file: Path | None) -> Path | None:
-    """Return the file of the systemd credential, if there is one.
+def _credential(name: str, environ: Mapping[str, str], file: Path | None) -> Path | None:
+    """Return the file of a systemd credential, if there is one.
 
     A person's command has none handed over; with the system's configuration it means the service,
     and reads what the unit loads.
     """
     if folder := environ.get("CREDENTIALS_DIRECTORY"):
-        credential = Path(folder) / CREDENTIAL
+        credential = Path(folder) / name
     elif file == SYSTEM_FILE:
-        credential = SYSTEM_FILE.with_name(CREDENTIAL)
+        credential = SYSTEM_FILE.with_name(name)
     else:
         return None
     return credential if credential.exists() else None
@@ -396,8 +520,8 @@ def _read_key(path: Path) -> WriteKey | None:
     return WriteKey(text) if text else None
 
 
-def _file_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    for name in ("upstream.ca_file", "upstream.client_cert", "upstream.client_key"):
+def _file_problems(section: str, values: Mapping[str, Any]) -> Iterator[str]:
+    for name in (f"{section}.{key}" for key in ("ca_file", "client_cert", "client_key")):
         path: Path | None = values.get(name)
         if path is None:
             continue

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
-from agent.settings import Help, Settings
+from agent.settings import Help, NamedUpstream, Settings
 from agent.units import (
     MASK,
     Bytes,
@@ -25,6 +25,7 @@ from agent.units import (
     WriteKey,
     http_proxy,
     server_root,
+    sha256_digests,
     without_credentials,
 )
 
@@ -50,7 +51,8 @@ class Key:
 
     @property
     def variable(self) -> str:
-        return f"{PREFIX}{self.section}__{self.name}".upper()
+        section = self.section.replace(".", "__").replace("-", "_")
+        return f"{PREFIX}{section}__{self.name}".upper()
 
     @property
     def optional(self) -> bool:
@@ -72,25 +74,36 @@ class Key:
         return f"{kind} from {low} to {high}"
 
 
-def _declared() -> Iterator[Key]:
-    for section in msgspec.structs.fields(Settings):
-        struct = get_args(section.type)[0]
-        for declared in msgspec.structs.fields(struct):
-            kind, help_ = get_args(declared.type)
-            yield Key(
-                section=section.name,
-                name=declared.name,
-                type=kind,
-                default=declared.default,
-                help=help_,
-            )
+def _declared(section: str, struct: type[msgspec.Struct]) -> Iterator[Key]:
+    for declared in msgspec.structs.fields(struct):
+        kind, help_ = get_args(declared.type)
+        yield Key(
+            section=section, name=declared.name, type=kind, default=declared.default, help=help_
+        )
 
 
-KEYS = {key.dotted: key for key in _declared()}
-VARIABLES = {key.variable: key for key in KEYS.values()}
-SECTIONS = {
+_HELP = {
     section.name: get_args(section.type)[1].text for section in msgspec.structs.fields(Settings)
 }
+
+UPSTREAMS = "upstreams"
+"""Holds a section for each named upstream: their keys are in no table before their names are known."""
+
+STRUCTS = {
+    section.name: get_args(section.type)[0]
+    for section in msgspec.structs.fields(Settings)
+    if section.name != UPSTREAMS
+}
+KEYS = {
+    key.dotted: key for section, struct in STRUCTS.items() for key in _declared(section, struct)
+}
+
+
+def keys_with(names: Iterable[str]) -> dict[str, Key]:
+    """Return the table with the keys of the upstreams of these *names* in it."""
+    sections = [f"{UPSTREAMS}.{name}" for name in names]
+    named = [key for section in sections for key in _declared(section, NamedUpstream)]
+    return KEYS | {key.dotted: key for key in named}
 
 
 # --- the example file ---
@@ -103,10 +116,28 @@ def example() -> str:
     for key in KEYS.values():
         if key.section != section:
             section = key.section
-            lines += ["", "", f"[{section}]", *_comment(SECTIONS[section])]
+            if section == "forward":  # it follows [upstream]
+                lines += _named_upstreams()
+            lines += ["", "", f"[{section}]", *_comment(_HELP[section])]
         text = f"{key.help.text} Allowed: {key.allowed}."
         lines += ["", *_comment(text), f"#{key.name} = {toml(key.default)}"]
     return "\n".join(lines) + "\n"
+
+
+def _named_upstreams() -> Iterator[str]:
+    """Yield what the example says of sections that nobody has by default."""
+    yield from ("", "", *_EXAMPLE_UPSTREAM.splitlines(), "#", *_comment(_HELP[UPSTREAMS]))
+    for key in _declared(UPSTREAMS, NamedUpstream):
+        if f"upstream.{key.name}" not in KEYS:
+            yield "#"
+            yield from _comment(f"{key.name}: {key.help.text} Allowed: {key.allowed}.")
+
+
+_EXAMPLE_UPSTREAM = """\
+# [upstreams.crm]
+# url = "https://app.tranthor.com"
+# write_key_file = "crm_key"
+# app_key_files = ["crm_key"]"""
 
 
 _EXAMPLE_HEAD = """\
@@ -161,6 +192,8 @@ def toml(value: object) -> str:
 def shown(key: Key, raw: object) -> str:
     """Return what a person gave, for an error message: short, on one line, and no secret in it."""
     if key.base is WriteKey or (key.base is ProxyUrl and not isinstance(raw, str)):
+        return MASK
+    if key.help.check is sha256_digests:  # someone may have written the key in place of its digest
         return MASK
     if key.help.check in {server_root, http_proxy} and isinstance(raw, str):
         raw = without_credentials(raw)

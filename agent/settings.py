@@ -25,6 +25,7 @@ from agent.units import (
     http_proxy,
     loopback,
     server_root,
+    sha256_digests,
     socket_path,
     web_origins,
 )
@@ -240,6 +241,27 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
 
 
+class NamedUpstream(Upstream, frozen=True, kw_only=True):
+    app_key_sha256: Annotated[
+        tuple[str, ...],
+        Help(
+            "Which apps' events go here: SHA-256 digests, in hex, of the write keys that they send in"
+            " Authorization (printf %s KEY | sha256sum). The key itself is kept nowhere. An app whose"
+            " key nobody claims posts to [upstream].",
+            allowed="a list of digests of 64 hex digits",
+            check=sha256_digests,
+        ),
+    ] = ()
+    app_key_files: Annotated[
+        tuple[Path, ...],
+        Help(
+            "The same by files that hold such a key each and nothing else; write_key_file may be one of"
+            " them, where apps send the very key that goes upstream.",
+            allowed="a list of paths",
+        ),
+    ] = ()
+
+
 class Forward(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: Annotated[
         int,
@@ -330,10 +352,27 @@ class Log(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that can be configured, decoded. `Settings()` is the defaults."""
+    """Everything that can be configured, decoded. `Settings()` is the defaults.
+
+    *upstreams* are the tables [upstreams.NAME], by name.
+    """
 
     ingest: Annotated[Ingest, Help("Where apps on this machine hand in their events.")] = Ingest()
     outbox: Annotated[Outbox, Help("Where events wait, safe on disk, until delivered.")] = Outbox()
     upstream: Annotated[Upstream, Help("Where events go, and with which key.")] = Upstream()
     forward: Annotated[Forward, Help("How events are sent, and how failures are met.")] = Forward()
     log: Annotated[Log, Help("What the agent says about itself, on standard error.")] = Log()
+    upstreams: Annotated[
+        dict[str, NamedUpstream],
+        Help(
+            "One more upstream for each such section, beside [upstream]: with a queue and a key of its"
+            " own, none waiting for another. The name is in lower-case letters, digits and dashes, up"
+            " to 32. It takes every key of [upstream], and two more. Events come here by the path"
+            " (/w/crm/ before the usual one) or by the write key that the app sends; as a systemd"
+            " credential its own key is write_key.crm. outbox.max_size is for all of them together."
+        ),
+    ] = msgspec.field(default_factory=dict)
+
+    def upstream_of(self, name: str) -> Upstream:
+        """Return the section of one upstream; that without a name is the default one."""
+        return self.upstreams[name] if name else self.upstream

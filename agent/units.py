@@ -11,7 +11,10 @@ import ipaddress
 import json
 import os
 import re
+from base64 import b64decode
+from contextlib import suppress
 from decimal import Decimal
+from hashlib import sha256
 from typing import Self
 from urllib.parse import SplitResult, urlsplit
 
@@ -154,6 +157,28 @@ class WriteKey(Secret):
         return self.reveal().partition(" ")[2].strip() or self.reveal()
 
 
+def app_keys(authorization: str) -> list[str]:
+    """Return what may be the write key in a value of Authorization, however an app sends it.
+
+    Bare, behind a scheme, or as the user name of Basic authentication without a password, as
+    Segment's libraries do; a key that is Base64 itself may look like that.
+    """
+    first, _, rest = authorization.strip().partition(" ")
+    key = rest.strip() or first
+    found = [key] if key else []
+    if rest and first.lower() == "basic":
+        with suppress(ValueError):  # then it is a key as it stands
+            user, colon, password = b64decode(key, validate=True).decode().partition(":")
+            if user and colon and not password:
+                found.append(user)
+    return found
+
+
+def key_digest(key: str) -> str:
+    """Return what stands for a key where the key itself may not: its SHA-256 in hex."""
+    return sha256(key.encode()).hexdigest()
+
+
 class ProxyUrl(str):
     """An address that may hold a user and password, which its repr keeps to itself."""
 
@@ -246,6 +271,17 @@ def socket_path(path: str) -> str:
     if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
         raise ValueError(f"the path of a socket has at most {_SOCKET_PATH_BYTES} bytes: shorten it")
     return path
+
+
+def sha256_digests(digests: tuple[str, ...]) -> tuple[str, ...]:
+    for number, digest in enumerate(digests, 1):
+        if not re.fullmatch(r"[0-9A-Fa-f]{64}", digest):
+            # Not quoted: it may be the key itself.
+            raise ValueError(
+                f"entry {number} is no SHA-256 digest, which has 64 hex digits: it is made of a key by"
+                " `printf %s KEY | sha256sum`"
+            )
+    return tuple(digest.lower() for digest in digests)
 
 
 def without_credentials(url: str) -> str:
