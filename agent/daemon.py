@@ -12,7 +12,7 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Coroutine, MutableMapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -22,15 +22,18 @@ from agent import __version__
 from agent.clock import Clock, SystemClock
 from agent.config import Loaded
 from agent.console.control import PREFIX, Control
+from agent.console.status import worst
 from agent.errors import OutboxError
 from agent.forward.backoff import Backoff
 from agent.forward.disposition import GiveUp
 from agent.forward.forwarder import Forwarder, Plan, forwarding
 from agent.forward.upstream import Target, Upstream, open_upstream
+from agent.ingest.destinations import Destinations
 from agent.ingest.guard import Guard
 from agent.ingest.routes import Mount, Routes
 from agent.ingest.server import serving
 from agent.outbox.reader import Reader, open_own_reader
+from agent.outbox.records import label
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.upkeep import Retention, keep_up
 from agent.outbox.writer import Policy, Writer, open_writer
@@ -55,35 +58,41 @@ async def run(loaded: Loaded, environ: MutableMapping[str, str]) -> None:
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         writer = await enter(open_writer(settings.outbox.path, _policy(settings), clock))
-        reader = await enter(open_own_reader(settings.outbox.path, on_damage=writer.suspect))
         # People's searches have a connection of their own: they must not hold up delivery.
         searcher = await enter(open_own_reader(settings.outbox.path, on_damage=writer.suspect))
-        unconfigured = loaded.missing()
-        forwarder = Forwarder(
-            writer=writer,
-            reader=reader,
-            upstream=None if unconfigured else await enter(_upstream(settings, clock)),
-            plan=_plan(settings),
-            clock=clock,
-            rng=random.Random(),  # noqa: S311  # spreads load, guards nothing
-            unconfigured=unconfigured or "",
-            paused=(await reader.ledger()).paused,
-        )
-        await enter(forwarding(forwarder))
+        ledger = await searcher.ledger()
+        forwarders = {
+            name: Forwarder(
+                writer=writer,
+                # Of its own, so that one that reads past a backlog keeps no other waiting.
+                reader=await enter(open_own_reader(settings.outbox.path, on_damage=writer.suspect)),
+                upstream=None
+                if loaded.missing(name)
+                else await enter(_upstream(settings, name, clock)),
+                plan=_plan(settings),
+                clock=clock,
+                rng=random.Random(),  # noqa: S311  # spreads load, guards nothing
+                unconfigured=loaded.missing(name) or "",
+                paused=ledger.pauses(name),
+                name=name,
+            )
+            for name in ("", *settings.upstreams)
+        }
+        await enter(_forwarding_each(forwarders.values()))
         await enter(_background(salvage_damaged(writer)))
         await enter(_background(keep_up(writer, clock, _retention(settings))))
         control = Control(
             reader=searcher,
             writer=writer,
-            link=forwarder,
+            links=forwarders,
             clock=clock,
-            upstream=settings.upstream.url,
+            urls={name: settings.upstream_of(name).url for name in forwarders},
             max_bytes=int(settings.outbox.max_size),
         )
         addresses = await enter(
-            _serving(settings, _routes(settings, writer, clock, control), environ)
+            _serving(settings, _routes(loaded, writer, clock, control), environ)
         )
-        await enter(_background(_report(notifier, reader, forwarder)))
+        await enter(_background(_report(notifier, searcher, forwarders)))
         await enter(_background(_feed_watchdog(notifier, writer, clock, environ)))
         log.info(
             "agent.started",
@@ -91,11 +100,13 @@ async def run(loaded: Loaded, environ: MutableMapping[str, str]) -> None:
             listening=addresses,
             outbox=str(settings.outbox.path),
             upstream=settings.upstream.url,
+            upstreams={name: upstream.url for name, upstream in settings.upstreams.items()},
             config=str(loaded.file or "defaults"),
         )
-        for problem in dict.fromkeys(filter(None, (*loaded.problems, unconfigured))):
+        missing = map(loaded.missing, forwarders)
+        for problem in dict.fromkeys(filter(None, (*loaded.problems, *missing))):
             log.error("agent.misconfigured", problem=problem)
-        notifier.ready(await _summary(reader, forwarder))
+        notifier.ready(await _summary(searcher, forwarders))
         await interrupted.wait()
         notifier.stopping("finishing what is in flight")
         log.info("agent.stop_requested")
@@ -134,8 +145,8 @@ def _plan(settings: Settings) -> Plan:
     )
 
 
-def _upstream(settings: Settings, clock: Clock) -> AbstractAsyncContextManager[Upstream]:
-    upstream = settings.upstream
+def _upstream(settings: Settings, name: str, clock: Clock) -> AbstractAsyncContextManager[Upstream]:
+    upstream = settings.upstream_of(name)
     if upstream.write_key is None:
         raise AssertionError("an upstream without its key counts as not configured")
     target = Target(
@@ -152,11 +163,14 @@ def _upstream(settings: Settings, clock: Clock) -> AbstractAsyncContextManager[U
     return open_upstream(target, clock, connections=settings.forward.concurrency)
 
 
-def _routes(settings: Settings, writer: Writer, clock: Clock, control: Control) -> Routes:
+def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> Routes:
     return Routes(
         writer,
         clock,
-        max_body_bytes=settings.ingest.max_body,
+        max_body_bytes=loaded.settings.ingest.max_body,
+        destinations=Destinations(
+            tuple(loaded.settings.upstreams), loaded.app_keys, loaded.unknown_app_keys
+        ),
         mounts=(
             Mount(PREFIX, control.answer),
             Mount("/healthz", control.health),
@@ -198,24 +212,45 @@ async def _background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[Non
             running.cancel()
 
 
-async def _report(notifier: Notifier, reader: Reader, forwarder: Forwarder) -> None:
+@asynccontextmanager
+async def _forwarding_each(forwarders: Iterable[Forwarder]) -> AsyncIterator[None]:
+    """Let all forward while the block runs, and end together: each has a while for what is in flight."""
+    ended = asyncio.Event()
+
+    async def forward(forwarder: Forwarder) -> None:
+        async with forwarding(forwarder):
+            await ended.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        for forwarder in forwarders:
+            tasks.create_task(forward(forwarder))
+        try:
+            yield
+        finally:
+            ended.set()
+
+
+async def _report(notifier: Notifier, reader: Reader, forwarders: Mapping[str, Forwarder]) -> None:
     said = ""
     while True:
         await asyncio.sleep(STATUS_INTERVAL_S)
-        summary = await _summary(reader, forwarder)
+        summary = await _summary(reader, forwarders)
         if summary != said:
             notifier.status(summary)
             said = summary
 
 
-async def _summary(reader: Reader, forwarder: Forwarder) -> str:
-    flow = forwarder.flow()
+async def _summary(reader: Reader, forwarders: Mapping[str, Forwarder]) -> str:
+    flows = {name: forwarder.flow() for name, forwarder in forwarders.items()}
+    name = worst({name: flow.state for name, flow in flows.items()})
+    flow = flows[name]
+    reason = f"{label(name)}: {flow.reason}" if len(flows) > 1 and flow.reason else flow.reason
     try:
         ledger = await reader.ledger()
     except OutboxError as exc:
         return str(exc)
     counts = f"{ledger.pending} pending, {ledger.delivered} delivered, {ledger.dead} dead"
-    return f"{flow.state}: {counts}" + (f"; {flow.reason}" if flow.reason else "")
+    return f"{flow.state}: {counts}" + (f"; {reason}" if reason else "")
 
 
 async def _feed_watchdog(

@@ -20,6 +20,7 @@ DECISIONS = (
     "forward.breaker",
     "forward.disposition",
     "forward.lanes",
+    "ingest.destinations",
     "ingest.guard",
 )
 IMPURE = {"asyncio", "aiohttp", "aiosqlite", "sqlite3", "time", "socket", "threading", "subprocess"}

@@ -487,7 +487,7 @@ def verb_of(verb: Verb, now_ms: int) -> Callable[[Store], int]:
             case Prune(cutoff_ms):
                 return store.prune(cutoff_ms, limit=1000)
             case Pause(paused):
-                store.set_paused(paused)
+                (store.pause if paused else store.resume)()
                 return 0
 
     return run

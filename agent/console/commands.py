@@ -29,7 +29,13 @@ from agent.console.invocation import (
     program,
     settings_in_effect,
 )
-from agent.console.listing import json_option, limit_option, list_to_stdout, seconds
+from agent.console.listing import (
+    json_option,
+    limit_option,
+    list_to_stdout,
+    seconds,
+    upstream_option,
+)
 from agent.console.receipts import view
 from agent.console.status import Report, Status
 from agent.errors import AgentError
@@ -94,6 +100,7 @@ async def _watch(loaded: Loaded, *, as_json: bool) -> None:
 
 @cli.command("list")
 @click.option("--state", type=click.Choice(get_args(State)), default="pending", show_default=True)
+@upstream_option
 @click.option("--event", help="Only events of this name.")
 @click.option("--user", help="Only events of this userId or anonymousId.")
 @click.option("--text", help="Only events with this text anywhere in their JSON.")
@@ -105,6 +112,7 @@ async def _watch(loaded: Loaded, *, as_json: bool) -> None:
 @json_option
 def list_events(
     state: State,
+    upstream: str | None,
     event: str | None,
     user: str | None,
     text: str | None,
@@ -121,6 +129,7 @@ def list_events(
         )
     now_ms = SystemClock().wall_ms()
     selection = Selection(
+        upstream=upstream,
         event=event,
         user=user,
         text=text,
@@ -137,13 +146,14 @@ def list_events(
 def show(ctx: click.Context, message_id: str, as_json: bool) -> None:
     """Show all that is known of one event.
 
-    Where it stands, since when, its attempts, the upstream's answer, and its body.
+    Where it stands, since when, its attempts, the upstream's answer, and its body. An id that
+    was sent to several upstreams is as many events.
     """
-    from agent.console.operations import receipt
+    from agent.console.operations import receipts
 
     loaded = settings_in_effect()
-    found = asyncio.run(receipt(loaded, message_id))
-    if found is None:
+    found = asyncio.run(receipts(loaded, message_id))
+    if not found:
         kept = loaded.settings.outbox.delivered_retention.text
         complain(
             f"{message_id[:200]}: unknown here; it was never accepted, or discarded, or delivered"
@@ -151,11 +161,13 @@ def show(ctx: click.Context, message_id: str, as_json: bool) -> None:
         )
         ctx.exit(1)
     if as_json:
-        echo_json(view(found))
+        for receipt in found:
+            echo_json(view(receipt))
     else:
         from agent.console.rendering import print_event
 
-        print_event(found, program(), now_ms=SystemClock().wall_ms())
+        for receipt in found:
+            print_event(receipt, program(), now_ms=SystemClock().wall_ms())
 
 
 cli.add_command(dead_group)
@@ -165,44 +177,56 @@ cli.add_command(dead_group)
 
 
 @cli.command()
-def pause() -> None:
+@upstream_option
+def pause(upstream: str | None) -> None:
     """Stop sending; events are still kept.
 
     It stays so after a restart, until `resume`.
     """
     from agent.console.operations import pause as pause_agent
 
-    after = asyncio.run(pause_agent(settings_in_effect()))
-    click.echo(
-        f"paused: {count(after.pending, 'event')} waiting, nothing is sent until {program()} resume"
+    after = asyncio.run(pause_agent(settings_in_effect(), upstream))
+    again = (
+        f"{program()} resume" if upstream is None else f"{program()} resume --upstream {upstream}"
     )
+    click.echo(f"paused: {_waiting(after, upstream)}, nothing is sent until {again}")
     _tell_if_stopped(after)
 
 
 @cli.command()
-def resume() -> None:
+@upstream_option
+def resume(upstream: str | None) -> None:
     """End a pause."""
     from agent.console.operations import resume as resume_agent
 
-    after = asyncio.run(resume_agent(settings_in_effect()))
-    click.echo(f"resumed: {count(after.pending, 'event')} waiting")
+    after = asyncio.run(resume_agent(settings_in_effect(), upstream))
+    click.echo(f"resumed: {_waiting(after, upstream)}")
     _tell_if_stopped(after)
 
 
 @cli.command()
+@upstream_option
 @click.pass_context
-def flush(ctx: click.Context) -> None:
+def flush(ctx: click.Context, upstream: str | None) -> None:
     """End every wait: try to send now."""
     from agent.console.operations import flush as flush_agent
 
-    after = asyncio.run(flush_agent(settings_in_effect()))
+    after = asyncio.run(flush_agent(settings_in_effect(), upstream))
     if after is None:
         complain(f"no agent runs here, so there is nothing to hurry; start it: {program()} run")
         ctx.exit(NOT_RUNNING)
-    if after.state in {"paused", "unconfigured"}:
-        complain(f"nothing is sent: {after.reason}")
+    asked = after if upstream is None else after.of(upstream)
+    each = after.each.values() if upstream is None and after.each else [asked]
+    if all(one.state in {"paused", "unconfigured"} for one in each):
+        complain(f"nothing is sent: {asked.reason}")
         ctx.exit(1)
-    click.echo(f"trying now: {count(after.pending, 'event')} waiting")
+    click.echo(f"trying now: {_waiting(after, upstream)}")
+
+
+def _waiting(after: Status, upstream: str | None) -> str:
+    if upstream is None:
+        return f"{count(after.pending, 'event')} waiting"
+    return f"{count(after.of(upstream).pending, 'event')} waiting for {upstream}"
 
 
 def _tell_if_stopped(after: Status) -> None:

@@ -6,6 +6,7 @@ Plain requests in, plain answers out; `agent.daemon` mounts it on the listener, 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Annotated, Protocol
 
 import msgspec
@@ -13,11 +14,11 @@ import msgspec
 from agent.clock import Clock
 from agent.console import dead_letters
 from agent.console.receipts import view
-from agent.console.status import Flow, collect
+from agent.console.status import Flow, Standing, collect
 from agent.errors import OutboxError
 from agent.exchange import Answer, Request, answer_json, refuse
 from agent.outbox.reader import Reader
-from agent.outbox.records import Selection, State
+from agent.outbox.records import Selection, State, label, unlabel
 from agent.outbox.refusals import RETRY_UNAVAILABLE_S, refuse_for
 from agent.outbox.writer import Writer
 
@@ -27,8 +28,12 @@ _EVENTS_LIMIT = 1000
 """Events in one answer at most; `after` reads on."""
 
 
+class _UnknownUpstreamError(Exception):
+    """A request names an upstream that there is not."""
+
+
 class Link(Protocol):
-    """What the daemon's forwarder obeys."""
+    """What one of the daemon's forwarders obeys."""
 
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -58,16 +63,17 @@ class Control:
         *,
         reader: Reader,
         writer: Writer,
-        link: Link,
+        links: Mapping[str, Link],
         clock: Clock,
-        upstream: str,
+        urls: Mapping[str, str],
         max_bytes: int,
     ) -> None:
+        """*links* and *urls* are by the names of the upstreams."""
         self._reader = reader
         self._writer = writer
-        self._link = link
+        self._links = links
         self._clock = clock
-        self._upstream = upstream
+        self._urls = urls
         self._max_bytes = max_bytes
         # One search at a time: others wait here, not in the reader's thread, where none can end.
         self._searching = asyncio.Lock()
@@ -80,6 +86,8 @@ class Control:
             return refuse(400, "AGENT_BAD_REQUEST", str(exc))
         except msgspec.DecodeError as exc:
             return refuse(400, "AGENT_BAD_REQUEST", f"body: {exc}")
+        except _UnknownUpstreamError as exc:
+            return refuse(404, "AGENT_UNKNOWN_UPSTREAM", str(exc))
         except OutboxError as exc:
             return refuse_for(exc)
 
@@ -109,18 +117,9 @@ class Control:
             case "GET", "events":
                 return await self._events(request)
             case "GET", _ if path.startswith("events/"):
-                return await self._event(path.removeprefix("events/"))
-            case "POST", "pause":
-                self._link.pause()  # first: it must work on a disk that is full or fails
-                await self._writer.perform(lambda store: store.set_paused(True))
-                return await self._status()
-            case "POST", "resume":
-                await self._writer.perform(lambda store: store.set_paused(False))
-                self._link.resume()
-                return await self._status()
-            case "POST", "flush":
-                self._link.flush()
-                return await self._status()
+                return await self._event(request, path.removeprefix("events/"))
+            case "POST", "pause" | "resume" | "flush":
+                return await self._steer(path, self._upstream(request))
             case "POST", "dead/requeue":
                 return await self._requeue(request)
             case "POST", "dead/discard":
@@ -128,14 +127,44 @@ class Control:
             case _:
                 return _not_found(request)
 
+    def _upstream(self, request: Request) -> str | None:
+        """Return the one that `upstream` in the query names; None for all."""
+        text = request.query.get("upstream")
+        if text is not None and unlabel(text) not in self._links:
+            known = ", ".join(sorted(map(label, self._links)))
+            raise _UnknownUpstreamError(
+                f"upstream: {text[:100]!r} is not configured; there are {known}"
+            )
+        return None if text is None else unlabel(text)
+
+    async def _steer(self, verb: str, upstream: str | None) -> Answer:
+        links = self._links.values() if upstream is None else [self._links[upstream]]
+        match verb:
+            case "pause":
+                for link in links:
+                    link.pause()  # first: it must work on a disk that is full or fails
+                await self._writer.perform(lambda store: store.pause(upstream))
+            case "resume":
+                known = tuple(self._links)
+                await self._writer.perform(lambda store: store.resume(upstream, known=known))
+                for link in links:
+                    link.resume()
+            case _:
+                for link in links:
+                    link.flush()
+        return await self._status()
+
     async def _status(self) -> Answer:
         return answer_json(
             await collect(
                 self._reader,
                 now_ms=self._clock.wall_ms(),
-                upstream=self._upstream,
+                upstreams={
+                    name: Standing(self._urls[name], link.flow())
+                    for name, link in self._links.items()
+                },
+                waiting=self._writer.waiting,
                 max_bytes=self._max_bytes,
-                flow=self._link.flow(),
                 full=self._writer.full,
                 fault=self._writer.fault,
             )
@@ -154,8 +183,10 @@ class Control:
             }
         )
 
-    async def _event(self, message_id: str) -> Answer:
-        receipt = await self._reader.receipt(message_id)
+    async def _event(self, request: Request, message_id: str) -> Answer:
+        text = request.query.get("upstream")
+        upstream = None if text is None else unlabel(text)
+        receipt = await self._reader.receipt(message_id, upstream)
         if receipt is None:
             return refuse(
                 404,
@@ -189,7 +220,7 @@ def _selected(request: Request) -> Selection | Answer:
         return refuse(
             400,
             "AGENT_BAD_REQUEST",
-            'say which dead letters: "messageIds", "event", "user", "text", "reason",'
+            'say which dead letters: "messageIds", "upstream", "event", "user", "text", "reason",'
             ' "acceptedBeforeMs", "acceptedAfterMs", or "all": true',
         )
     return selection

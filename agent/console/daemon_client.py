@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 import aiohttp
 import msgspec
@@ -62,14 +63,15 @@ class DaemonClient:
     async def status(self) -> Status:
         return await self._call("GET", "status", answer=Status, timeout_s=_STATUS_S)
 
-    async def pause(self) -> Status:
-        return await self._call("POST", "pause", answer=Status)
+    async def pause(self, upstream: str | None = None) -> Status:
+        """Pause the upstream of that label; None: all. So with the next two."""
+        return await self._call("POST", _about("pause", upstream), answer=Status)
 
-    async def resume(self) -> Status:
-        return await self._call("POST", "resume", answer=Status)
+    async def resume(self, upstream: str | None = None) -> Status:
+        return await self._call("POST", _about("resume", upstream), answer=Status)
 
-    async def flush(self) -> Status:
-        return await self._call("POST", "flush", answer=Status)
+    async def flush(self, upstream: str | None = None) -> Status:
+        return await self._call("POST", _about("flush", upstream), answer=Status)
 
     async def requeue(self, selection: Selection) -> int:
         """Return how many dead letters of *selection* are pending again; none given means all."""
@@ -141,6 +143,10 @@ def _address(host: str, port: int) -> str:
     if host == "localhost":  # as a name it might resolve to ::1 first, where nothing listens
         host = "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _about(path: str, upstream: str | None) -> str:
+    return path if upstream is None else f"{path}?{urlencode({'upstream': upstream})}"
 
 
 def _body(selection: Selection) -> dict[str, Any]:

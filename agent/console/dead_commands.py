@@ -14,7 +14,7 @@ import click
 from agent.config import Loaded
 from agent.console.diagnosis import count
 from agent.console.invocation import Group, complain, program, settings_in_effect
-from agent.console.listing import json_option, limit_option, list_to_stdout
+from agent.console.listing import json_option, limit_option, list_to_stdout, upstream_option
 from agent.outbox.records import Reason, Selection
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -37,6 +37,7 @@ def _conditions(command: _F) -> _F:
         click.option("--reason", type=click.Choice(get_args(Reason)), help="Why set aside."),
         click.option("--user", help="Only those of this userId or anonymousId."),
         click.option("--event", help="Only those of this event name."),
+        upstream_option,
     ):
         command = option(command)
     return command
@@ -53,6 +54,7 @@ def _selection(command: _F) -> _F:
 @limit_option
 @json_option
 def list_dead(
+    upstream: str | None,
     event: str | None,
     user: str | None,
     reason: Reason | None,
@@ -61,7 +63,7 @@ def list_dead(
     as_json: bool,
 ) -> None:
     """List dead letters with the upstream's answers, oldest first."""
-    selection = Selection(event=event, user=user, reason=reason, text=text)
+    selection = Selection(upstream=upstream, event=event, user=user, reason=reason, text=text)
     list_to_stdout("dead", selection, limit=limit, as_json=as_json)
 
 
@@ -105,7 +107,7 @@ def _selected(ids: tuple[str, ...], *, everything: bool, **conditions: Any) -> S
         raise click.UsageError("--all stands alone: leave it out to select by id or condition")
     if not everything and selection == _NOTHING:
         raise click.UsageError(
-            "say which dead letters: ids, --event, --user, --reason, --text, or --all"
+            "say which dead letters: ids, --upstream, --event, --user, --reason, --text, or --all"
             f" ({program()} dead list shows them)"
         )
     return selection

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
-from agent.console.status import NEARLY_FULL, Report, Status, Unreadable
+from agent.console.status import NEARLY_FULL, Report, State, Status, Unreadable
 from agent.outbox.records import Salvage
 
 
@@ -49,6 +49,17 @@ def findings(report: Report, program: str) -> list[Finding]:
         return [Finding(Level.GRAVE, f"OUTBOX UNREADABLE: {report.reason}")]
     # Where nothing can be stored, that comes before whether anything is sent.
     return [*_storing(report), _sending(report, program), *_left_over(report, program)]
+
+
+def level(state: State) -> Level:
+    """Return how much the state of one upstream matters."""
+    match state:
+        case "flowing":
+            return Level.GOOD
+        case "backing_off":
+            return Level.PASSING
+        case _:
+            return Level.GRAVE
 
 
 def duration(seconds: float) -> str:
@@ -108,7 +119,12 @@ def _sending(status: Status, program: str) -> Finding:
                 f" agent: systemctl restart tranthor-agent); to try now: {program} flush",
             )
         case "paused":
-            return Finding(Level.GRAVE, "PAUSED by a person", f"to send again: {program} resume")
+            which = ", ".join(name for name, one in status.each.items() if one.state == "paused")
+            return Finding(
+                Level.GRAVE,
+                f"PAUSED by a person: {which}" if which else "PAUSED by a person",
+                f"to send again: {program} resume",
+            )
         case "unconfigured":
             return Finding(
                 Level.GRAVE,

@@ -36,6 +36,12 @@ def json_option(command: _F) -> _F:
     )
 
 
+def upstream_option(command: _F) -> _F:
+    return click.option(
+        "--upstream", metavar="NAME", help="Only that one of several; [upstream] is default."
+    )(command)
+
+
 def limit_option(command: _F) -> _F:
     return click.option(
         "--limit",

@@ -13,7 +13,7 @@ that holds the lock in silence. Prints nothing; called by the commands.
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,13 @@ from agent.console.daemon_client import (
     DaemonSilentError,
     open_client,
 )
-from agent.console.status import OutboxStatus, Report, Status, Unreadable, collect
-from agent.errors import OutboxError
+from agent.console.status import OutboxStatus, Report, Standing, Status, Unreadable, collect
+from agent.errors import AgentError, OutboxError
 from agent.observe import logs
 from agent.outbox import lock
 from agent.outbox.reader import Reader, open_own_reader, open_reader
-from agent.outbox.records import Receipt, Selection, State
+from agent.outbox.records import Receipt, Selection, State, label, unlabel
+from agent.outbox.store import Store
 from agent.outbox.writer import Policy, Writer, open_writer
 
 _PAGE = 100
@@ -63,24 +64,27 @@ async def inspect(loaded: Loaded) -> Report:
         return await _from_file(loaded, _stranger(client, status))
 
 
-async def pause(loaded: Loaded) -> Status:
-    """Stop sending, now and after a restart; return how the agent stands then."""
+async def pause(loaded: Loaded, upstream: str | None = None) -> Status:
+    """Stop sending, now and after a restart; return how the agent stands then.
+
+    *upstream* is a label; None means all of them. So with the next two.
+    """
     async with _at_hand(loaded) as hand:
-        return await hand.pause()
+        return await hand.pause(upstream)
 
 
-async def resume(loaded: Loaded) -> Status:
+async def resume(loaded: Loaded, upstream: str | None = None) -> Status:
     """End a pause; return how the agent stands then."""
     async with _at_hand(loaded) as hand:
-        return await hand.resume()
+        return await hand.resume(upstream)
 
 
-async def flush(loaded: Loaded) -> Status | None:
+async def flush(loaded: Loaded, upstream: str | None = None) -> Status | None:
     """End every wait of the running daemon; None if none runs."""
     ingest = loaded.settings.ingest
     async with open_client(ingest.host, ingest.port) as client:
         if await _answers(client, loaded):
-            return await client.flush()
+            return await client.flush(upstream)
     return None
 
 
@@ -121,10 +125,10 @@ async def events(
         after, left = page[-1].seq, left - size
 
 
-async def receipt(loaded: Loaded, message_id: str) -> Receipt | None:
-    """Return where one event stands; None for an id that is not known (any more)."""
+async def receipts(loaded: Loaded, message_id: str) -> list[Receipt]:
+    """Return where the events of one id stand, of each upstream; none where it is not known (any more)."""
     async with _reading(await _outbox_path(loaded)) as reader:
-        return await reader.receipt(message_id)
+        return await reader.receipts(message_id)
 
 
 # --- who has the outbox ---
@@ -217,14 +221,29 @@ class _Alone:
     reader: Reader
     writer: Writer
 
-    async def pause(self) -> Status:
-        return await self._set_paused(True)
+    async def pause(self, upstream: str | None = None) -> Status:
+        name = self._name(upstream)
+        return await self._perform(lambda store: store.pause(name))
 
-    async def resume(self) -> Status:
-        return await self._set_paused(False)
+    async def resume(self, upstream: str | None = None) -> Status:
+        name, known = self._name(upstream), self._known
+        return await self._perform(lambda store: store.resume(name, known=known))
 
-    async def _set_paused(self, paused: bool) -> Status:
-        await self.writer.perform(lambda store: store.set_paused(paused))
+    @property
+    def _known(self) -> tuple[str, ...]:
+        return ("", *self.loaded.settings.upstreams)
+
+    def _name(self, upstream: str | None) -> str | None:
+        """Return the name of an upstream by its label. Raises `AgentError` for one that there is not."""
+        if upstream is None:
+            return None
+        if unlabel(upstream) not in self._known:
+            there = ", ".join(map(label, self._known))
+            raise AgentError(f"{upstream}: no such upstream is configured; there are {there}")
+        return unlabel(upstream)
+
+    async def _perform(self, verb: Callable[[Store], None]) -> Status:
+        await self.writer.perform(verb)
         return await _count(self.reader, self.loaded)
 
     async def requeue(self, selection: Selection) -> int:
@@ -250,7 +269,10 @@ async def _from_file(loaded: Loaded, silence: str) -> Report:
     if is_free:
         return status
     return msgspec.structs.replace(
-        status, state="unresponsive", reason=f"{_holder(path)}, but {silence}"
+        status,
+        state="unresponsive",
+        reason=f"{_holder(path)}, but {silence}",
+        upstreams=msgspec.UNSET,  # nobody says how they stand
     )
 
 
@@ -258,9 +280,11 @@ async def _count(reader: Reader, loaded: Loaded) -> Status:
     return await collect(
         reader,
         now_ms=SystemClock().wall_ms(),
-        upstream=loaded.settings.upstream.url or "",
+        upstreams={
+            name: Standing(loaded.settings.upstream_of(name).url)
+            for name in ("", *loaded.settings.upstreams)
+        },
         max_bytes=loaded.settings.outbox.max_size,
-        flow=None,
     )
 
 

@@ -18,7 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from agent.console.diagnosis import Level, count, duration, findings
+from agent.console.diagnosis import Level, count, duration, findings, level
 from agent.console.invocation import printable, printable_json
 from agent.console.receipts import view as event_view
 from agent.console.status import Report, Status, Unreadable
@@ -68,6 +68,7 @@ def print_event(receipt: Receipt, program: str, *, now_ms: int) -> None:
     shown = event_view(receipt)
     facts = _facts()
     _fact(facts, "messageId", shown.message_id)
+    _fact(facts, "upstream", shown.upstream if receipt.upstream else None)
     _fact(facts, "state", _standing(receipt, now_ms))
     _fact(facts, "event", shown.event)
     _fact(facts, "type", shown.kind)
@@ -102,6 +103,8 @@ def _report(report: Report, program: str) -> RenderableType:
             parts.append(_remedy(finding.remedy))
     if isinstance(report, Unreadable):
         return Group(*parts)
+    if report.each:
+        parts += ["", _upstreams(report)]
     return Group(*parts, "", _counters(report), "", _surroundings(report))
 
 
@@ -125,6 +128,27 @@ def _counters(status: Status) -> Table:
     for name, number, note in rows:
         style = Level.GRAVE.value if name == "dead" and number else ""
         table.add_row(name, Text(f"{number:,}", style), note)
+    return table
+
+
+def _upstreams(status: Status) -> Table:
+    """Return a line for each upstream: how it stands, what waits for it, and why or where to."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, one in status.each.items():
+        table.add_row(
+            name,
+            Text(one.state.replace("_", " "), level(one.state).value),
+            f"{one.pending:,} pending",
+            ""
+            if one.oldest_pending_age_s is None
+            else f"oldest {duration(one.oldest_pending_age_s)}",
+            Text(printable(one.reason or one.url), overflow="fold"),
+        )
     return table
 
 
@@ -153,7 +177,8 @@ def _surroundings(status: Status) -> Table:
     if outbox.max_bytes:
         used += f" ({outbox.bytes / outbox.max_bytes:.0%})"
     _fact(facts, "outbox", f"{used}, {outbox.path}")
-    _fact(facts, "upstream", status.upstream or "(none)")
+    if not status.each:
+        _fact(facts, "upstream", status.upstream or "(none)")
     _fact(facts, "version", status.version)
     return facts
 

@@ -115,6 +115,7 @@ class Forwarder:
         *name* is the upstream's, empty for the default one: it sends what is stored under it.
         """
         self._name = name
+        self._log = log.bind(upstream=name) if name else log
         self._writer = writer
         self._reader = reader
         self._upstream = upstream
@@ -384,7 +385,7 @@ class Forwarder:
         self._wake.set()
         if isinstance(change, Bury) and not done.cancelled():
             # Without the answer, which may quote what the app sent: `show` has it.
-            log.error(
+            self._log.error(
                 "event.dead_lettered",
                 message_id=head.message_id,
                 reason=change.reason,
@@ -451,11 +452,11 @@ class Forwarder:
             return
         match state:
             case "held":
-                log.error("forwarder.held", reason=reason)
+                self._log.error("forwarder.held", reason=reason)
             case "backing_off":
-                log.warning("forwarder.backed_off", reason=reason)
+                self._log.warning("forwarder.backed_off", reason=reason)
             case _:
-                log.info("forwarder.recovered", after=before)
+                self._log.info("forwarder.recovered", after=before)
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from agent.exchange import Answer, refuse
+from agent.ingest.destinations import behind_prefix
 
 _LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
@@ -82,7 +83,7 @@ class Guard:
         if origin == f"http://{headers.get('host')}":
             return None
         # Others may post events: not look into the outbox, nor steer the agent.
-        if origin in self.allowed_origins and path.startswith(_FOR_PAGES):
+        if origin in self.allowed_origins and behind_prefix(path).startswith(_FOR_PAGES):
             return None
         return _forbid(
             f"Origin: {origin[:100]!r} may not post here; if the page is yours, add its origin"

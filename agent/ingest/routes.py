@@ -11,12 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
 import structlog
 
 from agent.clock import Clock
 from agent.errors import InvalidEventError, OutboxError
 from agent.event import parse_track
 from agent.exchange import REPLAYED, STORED, Answer, Handler, Later, Reply, Request, refuse
+from agent.ingest.destinations import PREFIX, Destinations
 from agent.outbox.records import Appended
 from agent.outbox.refusals import refuse_for
 from agent.outbox.writer import Writer
@@ -47,25 +49,35 @@ class Routes:
         *,
         max_body_bytes: int,
         mounts: Iterable[Mount] = (),
+        destinations: Destinations | None = None,
     ) -> None:
         self._writer = writer
         self._clock = clock
         self._max_body_bytes = max_body_bytes
         self._mounts = tuple(mounts)
+        self._destinations = destinations or Destinations()
 
     def answer(self, request: Request) -> Reply:
-        if request.method == "POST" and request.path == _TRACK:
-            return self._track(request)
-        for mount in self._mounts:
-            if mount.serves(request.path):
-                return mount.handler(request)
+        path, upstream = request.path, None
+        if path.startswith(PREFIX):
+            destination = self._destinations.of_path(path)
+            if isinstance(destination, Answer):
+                return destination
+            upstream, path = destination
+        if request.method == "POST" and path == _TRACK:
+            return self._track(request, upstream)
+        if upstream is None:  # what is not about events has one place
+            for mount in self._mounts:
+                if mount.serves(path):
+                    return mount.handler(request)
         return refuse(
             404,
             "AGENT_NOT_FOUND",
             f"Route {request.method}:{request.path[:200]} not found; events go to POST {_TRACK}",
         )
 
-    def _track(self, request: Request) -> Reply:
+    def _track(self, request: Request, upstream: str | None) -> Reply:
+        """Take an event for the *upstream* that the path names; None: for the one that its key means."""
         content_type = request.headers.get("content-type", "")
         if content_type != _JSON and not _is_json(content_type):
             return refuse(
@@ -81,6 +93,11 @@ class Routes:
             )
         except InvalidEventError as exc:
             return refuse(exc.status, exc.code, str(exc))
+        destination = self._destinations.of_key(request) if upstream is None else upstream
+        if isinstance(destination, Answer):
+            return destination
+        if destination:
+            event = msgspec.structs.replace(event, upstream=destination)
         try:
             committed = self._writer.append([event])
         except OutboxError as exc:

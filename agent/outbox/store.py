@@ -482,23 +482,22 @@ class Store:
             for upstream, message_id in self.fetch(_ID, seq=seq, state=state)
         ]
 
-    def set_paused(self, paused: bool) -> None:
-        """Remember a pause of all upstreams, or the end of every pause."""
-        self.change(_SET_PAUSED, paused=paused, names="")
-
-    def pause_one(self, upstream: str) -> None:
-        """Remember a pause of one upstream; where all are paused it is among them."""
+    def pause(self, upstream: str | None = None) -> None:
+        """Remember a pause of one upstream; None: of all."""
         ((paused, names),) = self.fetch(_PAUSED)
-        if not paused:
-            self._set_paused_upstreams({*named(names), upstream})
+        if upstream is None or paused:
+            self._set_paused(True)
+        else:
+            self._set_paused(False, {*named(names), upstream})
 
-    def resume_one(self, upstream: str, *, others: Iterable[str]) -> None:
-        """End the pause of one upstream; a pause of all becomes one of each of the *others*."""
+    def resume(self, upstream: str | None = None, *, known: Iterable[str] = ()) -> None:
+        """End the pause of one upstream, so that of all *known* the others stay paused; None: of all."""
         ((paused, names),) = self.fetch(_PAUSED)
-        self._set_paused_upstreams({*(others if paused else named(names))} - {upstream})
+        still = () if upstream is None else known if paused else named(names)
+        self._set_paused(False, {*still} - {upstream})
 
-    def _set_paused_upstreams(self, upstreams: Iterable[str]) -> None:
-        self.change(_SET_PAUSED, paused=False, names=" ".join(sorted(map(label, upstreams))))
+    def _set_paused(self, paused: bool, upstreams: Iterable[str] = ()) -> None:
+        self.change(_SET_PAUSED, paused=paused, names=" ".join(sorted(map(label, upstreams))))
 
     def touch(self) -> None:
         """Write something that means nothing, to see whether it can be written: a seq is burnt.
