@@ -418,3 +418,24 @@ AnyHistory.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestAnyHistory = AnyHistory.TestCase
+
+
+def test_what_was_passed_over_is_not_scanned_again() -> None:
+    lanes = Lanes()
+    lanes.scanned([], upto=500)
+    lanes.scanned([head(600, 1)], upto=700)
+
+    assert lanes.cursor == 700
+
+
+def test_a_lane_is_read_on_behind_what_was_passed_over_until_it_is_complete() -> None:
+    lanes = Lanes(per_lane=1)
+    lanes.scanned([head(1, 1), head(9, 1)])
+    lanes.done(taken(lanes))
+
+    assert lanes.starved() == (1, 1)
+    lanes.read_on([], complete=False, upto=5)
+    assert lanes.starved() == (1, 5)
+    lanes.read_on([head(9, 1)], complete=True, upto=9)
+    assert lanes.starved() is None
+    assert taken(lanes).seq == 9
