@@ -86,7 +86,7 @@ class Bench:
         self.folder = folder
         self._with_wrk = with_wrk
         self._numbers = itertools.count()
-        self._filled: dict[int, Path] = {}
+        self._filled: dict[tuple[int, bool], Path] = {}
         self.seed = secrets.randbits(32)
         """Of the events that outboxes are filled with; the bare client posts the same."""
 
@@ -117,49 +117,59 @@ class Bench:
     # --- outboxes ---
 
     @contextmanager
-    def agent(self, *, upstream_port: int | None = None, backlog: int = 0) -> Iterator[Agent]:
+    def agent(
+        self, *, upstream_port: int | None = None, backlog: int = 0, beside_dead: bool = False
+    ) -> Iterator[Agent]:
         """Run an agent on an outbox of its own while the block runs.
 
         *upstream_port* None: an upstream is configured, but nobody listens there. *backlog* events
-        of `seed` are pending at the start.
+        of `seed` are pending at the start; *beside_dead*: as many for one more, where nobody does.
         """
-        with self.outbox(backlog) as outbox, self.agent_on(outbox, upstream_port) as agent:
+        with (
+            self.outbox(backlog, beside_dead=beside_dead) as outbox,
+            self.agent_on(outbox, upstream_port, beside_dead=beside_dead) as agent,
+        ):
             yield agent
 
     @contextmanager
-    def agent_on(self, outbox: Path, upstream_port: int | None = None) -> Iterator[Agent]:
+    def agent_on(
+        self, outbox: Path, upstream_port: int | None = None, *, beside_dead: bool = False
+    ) -> Iterator[Agent]:
         """The same on an *outbox* that is there already, or will be when the agent makes it."""
         port = free_port() if upstream_port is None else upstream_port
-        with running(outbox, upstream_port=port) as agent:
+        with running(outbox, upstream_port=port, beside_dead=beside_dead) as agent:
             yield agent
 
     @contextmanager
-    def outbox(self, backlog: int = 0) -> Iterator[Path]:
+    def outbox(self, backlog: int = 0, *, beside_dead: bool = False) -> Iterator[Path]:
         """Yield the path of an outbox with *backlog* events pending (0: no file); delete it after."""
         folder = self.folder / f"{next(self._numbers)}"
         folder.mkdir()
         try:
             outbox = folder / "outbox.db"
             if backlog:
-                _copy(self._with_backlog(backlog), outbox)
+                _copy(self._with_backlog(backlog, beside_dead=beside_dead), outbox)
             yield outbox
         finally:
             shutil.rmtree(folder)
 
-    def _with_backlog(self, count: int) -> Path:
+    def _with_backlog(self, count: int, *, beside_dead: bool) -> Path:
         """Return an outbox to copy, made when first asked for."""
-        if count not in self._filled:
+        kind = count, beside_dead
+        if kind not in self._filled:
             free = shutil.disk_usage(self.folder).free
-            if free < 3 * count * _PENDING_BYTES:  # this one, its copy, and room for both to grow
+            if (
+                free < 3 * (1 + beside_dead) * count * _PENDING_BYTES
+            ):  # this one, its copy, and room for both to grow
                 raise FigureError(
                     f"{self.folder}: {free // machine.MIB} MB free are too few for {count} events;"
                     " choose another --folder"
                 )
             say(f"filling an outbox with {count:,} events, once")
-            path = self.folder / f"filled-{count}.db"
-            filling.fill(path, count, self.seed)
-            self._filled[count] = path
-        return self._filled[count]
+            path = self.folder / f"filled-{count}{'-twice' if beside_dead else ''}.db"
+            filling.fill(path, count, self.seed, beside_dead=beside_dead)
+            self._filled[kind] = path
+        return self._filled[kind]
 
 
 def say(progress: str) -> None:

@@ -1,4 +1,4 @@
-"""The figures, B1 to B8: what is run against what. Each returns the rows of its own."""
+"""The figures, B1 to B8 and B10: what is run against what. Each returns the rows of its own."""
 
 from __future__ import annotations
 
@@ -256,6 +256,16 @@ def b8(bench: Bench) -> list[Row]:
     ]
 
 
+def b10(bench: Bench) -> list[Row]:
+    """A backlog, drained beside one of the same size for an upstream that is dead, against alone."""
+    count = bench.scale.drained_events
+    ours, theirs = bench.side_by_side(
+        "B10", lambda: drain(bench, count, beside_dead=True), lambda: drain(bench, count)
+    )
+    subject = f"drain of {count:,} pending beside as many for a dead upstream / alone"
+    return [_rate("B10", subject, _rates(ours), _rates(theirs), 0.9), _cpu("B10", ours, theirs)]
+
+
 FIGURES: Mapping[str, Callable[[Bench], list[Row]]] = {
     "B1": b1,
     "B2": b2,
@@ -265,6 +275,7 @@ FIGURES: Mapping[str, Callable[[Bench], list[Row]]] = {
     "B6": b6,
     "B7": b7,
     "B8": b8,
+    "B10": b10,
 }
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
+import msgspec
 import uvloop
 
 from agent.clock import SystemClock
@@ -23,7 +24,7 @@ from agent.outbox.records import Appended
 from agent.outbox.writer import Policy, Writer, open_writer
 from benchmarks import events
 from benchmarks.machine import MIB
-from benchmarks.processes import FigureError, ask, say_result
+from benchmarks.processes import DEAD, FigureError, ask, say_result
 
 REQUEST_EVENTS = 100
 """Events of one request, for B2."""
@@ -32,15 +33,15 @@ CALLERS = 16
 """Requests under way at once, for B2."""
 
 _FILL_EVENTS = 2_000
-"""Events of one call when an outbox is filled: well below what the writer lets wait."""
+"""Events of one call when an outbox is filled, or half of them: the writer lets no more wait."""
 
 _QUOTA_BYTES = 64 * 1024 * MIB
 
 
-def fill(outbox: Path, count: int, seed: int) -> None:
-    """Make *outbox* with the *count* events of *seed* pending."""
+def fill(outbox: Path, count: int, seed: int, *, beside_dead: bool = False) -> None:
+    """Make *outbox* with the *count* events of *seed* pending; *beside_dead*: each for `DEAD`, too."""
     ask(
-        *("benchmarks.filling", "fill", outbox, count, seed),
+        *("benchmarks.filling", "fill-twice" if beside_dead else "fill", outbox, count, seed),
         result=type(None),
         timeout_s=60 + count / 500,
     )
@@ -77,10 +78,14 @@ def _groups(count: int, seed: int, *, size: int) -> Iterator[list[Event]]:
         yield group
 
 
-async def _fill(outbox: Path, count: int, seed: int) -> None:
+async def _fill(outbox: Path, count: int, seed: int, *, beside_dead: bool = False) -> None:
     async with _writer(outbox) as writer:
         for group in _groups(count, seed, size=_FILL_EVENTS):
-            await _append(writer, group)
+            others = [msgspec.structs.replace(event, upstream=DEAD) for event in group]
+            pairs = (
+                zip(group, others, strict=True) if beside_dead else ((event,) for event in group)
+            )
+            await _append(writer, list(itertools.chain.from_iterable(pairs)))
 
 
 async def _append_rate(outbox: Path, count: int, seed: int) -> float:
@@ -112,10 +117,13 @@ def _main(way: str, outbox: str, count: str, seed: str) -> None:
         case "fill":
             uvloop.run(_fill(Path(outbox), int(count), int(seed)))
             say_result(None)
+        case "fill-twice":
+            uvloop.run(_fill(Path(outbox), int(count), int(seed), beside_dead=True))
+            say_result(None)
         case "append":
             say_result(uvloop.run(_append_rate(Path(outbox), int(count), int(seed))))
         case _:
-            raise SystemExit(f"{way}: expected fill or append")
+            raise SystemExit(f"{way}: expected fill, fill-twice or append")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ ROOT = Path(__file__).parent.parent
 DEADLINE_S = 60.0
 """For a process to start, to answer or to stop; an agent that needs longer has failed."""
 
+DEAD = "dead"
+"""The name of an upstream that never answers, for B10."""
+
 _POLL_S = 0.005
 
 _BLOCK_BYTES = 512
@@ -90,7 +93,8 @@ def serving(module: str, *arguments: object) -> Iterator[Server]:
 class Agent:
     """One process of the real daemon, of a configuration as an operator would write it."""
 
-    def __init__(self, outbox: Path, *, upstream_port: int) -> None:
+    def __init__(self, outbox: Path, *, upstream_port: int, beside_dead: bool = False) -> None:
+        """*beside_dead*: there is one more upstream, `DEAD`, where nobody listens."""
         self.port = free_port()
         self.outbox = outbox
         self.log = outbox.with_suffix(".log")
@@ -100,7 +104,8 @@ class Agent:
         self._config.write_text(
             f"[ingest]\nport = {self.port}\n"
             f'[outbox]\npath = "{outbox}"\nmax_size = "64GiB"\n'
-            f'[upstream]\nurl = "http://127.0.0.1:{upstream_port}"\nwrite_key = "benchmark-key"\n'
+            f"[upstream]\n{_upstream(upstream_port)}"
+            + (f"[upstreams.{DEAD}]\n{_upstream(free_port())}" if beside_dead else "")
         )
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -163,9 +168,9 @@ class Agent:
         return answer
 
     def until_delivered(self, *, deadline_s: float) -> Mapping[str, Any]:
-        """Return the first status with nothing pending."""
+        """Return the first status with nothing pending, but for what waits for `DEAD`."""
         until_s = time.monotonic() + deadline_s
-        while (status := self.status())["pending"]:
+        while (status := self.status()).get("upstreams", {"default": status})["default"]["pending"]:
             if time.monotonic() > until_s:
                 raise FigureError(f"{status['pending']} still pending: {status['reason']}")
             time.sleep(0.1)
@@ -189,9 +194,9 @@ class Agent:
 
 
 @contextmanager
-def running(outbox: Path, *, upstream_port: int) -> Iterator[Agent]:
+def running(outbox: Path, *, upstream_port: int, beside_dead: bool = False) -> Iterator[Agent]:
     """Run an agent on *outbox* while the block runs, and stop it in order; a failed block kills it."""
-    agent = Agent(outbox, upstream_port=upstream_port)
+    agent = Agent(outbox, upstream_port=upstream_port, beside_dead=beside_dead)
     agent.start()
     try:
         yield agent
@@ -199,6 +204,10 @@ def running(outbox: Path, *, upstream_port: int) -> Iterator[Agent]:
             agent.stop()
     finally:
         agent.kill()
+
+
+def _upstream(port: int) -> str:
+    return f'url = "http://127.0.0.1:{port}"\nwrite_key = "benchmark-key"\n'
 
 
 def get(port: int, path: str) -> bytes:

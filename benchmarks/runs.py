@@ -47,9 +47,15 @@ def ingest(bench: Bench, agent: Agent) -> Ingested:
     return Ingested(seen, Pace(seen.rate, cpu_s / seen.answered))
 
 
-def drain(bench: Bench, count: int) -> Pace:
-    """Drain a backlog of *count* events; each must arrive once."""
-    with upstream() as server, bench.agent(upstream_port=server.port, backlog=count) as agent:
+def drain(bench: Bench, count: int, *, beside_dead: bool = False) -> Pace:
+    """Drain a backlog of *count* events; each must arrive once.
+
+    *beside_dead*: each waits for an upstream that never answers, too, in turn with the others.
+    """
+    with (
+        upstream() as server,
+        bench.agent(upstream_port=server.port, backlog=count, beside_dead=beside_dead) as agent,
+    ):
         before_s = machine.cpu_s(agent.pid)
         rate = server.drain_rate(count)
         agent.until_delivered(deadline_s=DRAIN_DEADLINE_S)
