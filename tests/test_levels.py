@@ -17,9 +17,15 @@ ROOT = Path(agent.__file__).parent
 DECISIONS = (
     "event",
     "forward.backoff",
+    "forward.batch",
     "forward.breaker",
+    "forward.budget",
+    "forward.census",
+    "forward.claims",
+    "forward.concurrency",
     "forward.disposition",
     "forward.lanes",
+    "forward.trials",
     "ingest.guard",
 )
 IMPURE = {"asyncio", "aiohttp", "aiosqlite", "sqlite3", "time", "socket", "threading", "subprocess"}

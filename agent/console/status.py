@@ -16,7 +16,14 @@ from agent.outbox.reader import Reader
 from agent.outbox.records import Ledger, Salvage
 
 State = Literal[
-    "flowing", "backing_off", "held", "paused", "unconfigured", "stopped", "unresponsive"
+    "flowing",
+    "waiting",
+    "backing_off",
+    "held",
+    "paused",
+    "unconfigured",
+    "stopped",
+    "unresponsive",
 ]
 """The last two are said by the command alone: no daemon runs; one owns the outbox and is silent."""
 
@@ -36,7 +43,11 @@ class OutboxStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of `status --json`; ages and waits in seconds."""
+    """The fields of `status --json`; ages and waits in seconds.
+
+    *in_flight* counts requests, *limit* how many there may be now (below 1: with rests between).
+    *ambiguous* counts events that were sent again although they may have arrived.
+    """
 
     state: State
     reason: str
@@ -53,6 +64,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     last_error: str | None
     last_error_age_s: float | None
     in_flight: int
+    limit: float
     parked_users: int
     ambiguous: int
     salvage: Salvage | None
@@ -89,6 +101,8 @@ class Flow(Protocol):
     @property
     def in_flight(self) -> int: ...
     @property
+    def limit(self) -> float: ...
+    @property
     def parked_users(self) -> int: ...
     @property
     def ambiguous(self) -> int: ...
@@ -123,6 +137,7 @@ async def collect(
         last_error=None if flow is None else flow.last_error,
         last_error_age_s=None if flow is None else _age_s(flow.last_error_ms, now_ms),
         in_flight=0 if flow is None else flow.in_flight,
+        limit=0 if flow is None else flow.limit,
         parked_users=0 if flow is None else flow.parked_users,
         ambiguous=0 if flow is None else flow.ambiguous,
         salvage=await reader.salvage(),

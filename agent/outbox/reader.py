@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,15 @@ LISTED_BYTES = 65_536
 """Larger bodies are left out of a listing, which may have a thousand rows; `receipt` has them."""
 
 _HEAD = """
-SELECT seq, lane, message_id, kind, attempts, failing_since_ms,
-       CASE WHEN length(body) <= :inline_bytes THEN body END
+SELECT seq, lane, message_id, kind, attempts, failing_since_ms, length(body),
+       CASE WHEN length(body) <= :inline_bytes THEN body END,
+       CASE WHEN :names IS NULL THEN 0
+            ELSE COALESCE(json_extract(CAST(body AS TEXT), '$.event')
+                          IN (SELECT value FROM json_each(:names)), 0)
+       END
   FROM pending
   JOIN event USING (seq)
 """
-
-_HEAD_TYPES = (int, int, str, str, int, int | None, bytes | None)
 
 _SCAN = (
     _HEAD
@@ -58,6 +60,20 @@ _LANE = (
  LIMIT :limit
 """
 )
+
+_WAITING = """
+SELECT seq, lane
+  FROM pending
+ WHERE seq > :after
+ ORDER BY seq
+ LIMIT :limit
+"""
+
+_STILL_PENDING = """
+SELECT seq
+  FROM pending
+ WHERE seq IN (SELECT value FROM json_each(:seqs))
+"""
 
 _BODY = """
 SELECT body
@@ -164,18 +180,40 @@ class Reader:
         await self._db.interrupt()  # nobody waits for a query that still runs
         await self._db.close()
 
-    async def scan(self, *, after: int, limit: int) -> list[Head]:
-        """Return the next *limit* pending events behind *after*, in order of acceptance."""
+    async def scan(self, *, after: int, limit: int, urgent: Sequence[str] = ()) -> list[Head]:
+        """Return the next *limit* pending events behind *after*, in order of acceptance.
+
+        Those whose event name is one of *urgent* are marked so.
+        """
         return self._heads(
-            await self._fetch(_SCAN, after=after, limit=limit, inline_bytes=INLINE_BYTES)
+            await self._fetch(
+                _SCAN, after=after, limit=limit, inline_bytes=INLINE_BYTES, names=_names(urgent)
+            )
         )
 
-    async def lane(self, lane: int, *, after: int, upto: int, limit: int) -> list[Head]:
-        """Return the next *limit* pending events of one lane with after < seq <= upto."""
+    async def lane(
+        self, lane: int, *, after: int, upto: int, limit: int, urgent: Sequence[str] = ()
+    ) -> list[Head]:
+        """Return the next *limit* pending events of one lane with after < seq <= upto; as `scan`."""
         rows = await self._fetch(
-            _LANE, lane=lane, after=after, upto=upto, limit=limit, inline_bytes=INLINE_BYTES
+            _LANE,
+            lane=lane,
+            after=after,
+            upto=upto,
+            limit=limit,
+            inline_bytes=INLINE_BYTES,
+            names=_names(urgent),
         )
         return self._heads(rows)
+
+    async def waiting(self, *, after: int, limit: int) -> list[tuple[int, int]]:
+        """Return (seq, lane) of the next *limit* pending events behind *after*."""
+        return [(seq, lane) for seq, lane in await self._fetch(_WAITING, after=after, limit=limit)]
+
+    async def still_pending(self, seqs: Collection[int]) -> set[int]:
+        """Return those of *seqs* that are pending."""
+        rows = await self._fetch(_STILL_PENDING, seqs=msgspec.json.encode(list(seqs)).decode())
+        return {seq for (seq,) in rows}
 
     async def body(self, seq: int) -> bytes | None:
         """Return the body of a pending event; None if it is not pending any more."""
@@ -254,13 +292,11 @@ class Reader:
             raise OutboxError(f"{exc.object!r}: not valid text, so no event has it") from exc
 
     def _heads(self, rows: list[sqlite3.Row]) -> list[Head]:
-        for row in rows:
+        try:
+            return msgspec.convert(rows, list[Head])
+        except msgspec.ValidationError as exc:
             # A flipped bit can make one type of another, which SQLite does not mind when it reads.
-            if any(
-                not isinstance(value, kind) for value, kind in zip(row, _HEAD_TYPES, strict=True)
-            ):
-                raise self._damaged("a row of the wrong types")
-        return [_head(row) for row in rows]
+            raise self._damaged(f"a row of the wrong types: {exc}") from exc
 
     def _damaged(self, why: str) -> OutboxDamagedError:
         return OutboxDamagedError(f"{self.path}: damaged ({why})")
@@ -412,17 +448,8 @@ def _ids(message_ids: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-def _head(row: sqlite3.Row) -> Head:
-    seq, lane, message_id, kind, attempts, failing_since_ms, body = row
-    return Head(
-        seq=seq,
-        lane=lane,
-        message_id=message_id,
-        kind=kind,
-        attempts=attempts,
-        failing_since_ms=failing_since_ms,
-        body=body,
-    )
+def _names(urgent: Sequence[str]) -> str | None:
+    return msgspec.json.encode(urgent).decode() if urgent else None
 
 
 def _receipt(row: sqlite3.Row) -> Receipt:

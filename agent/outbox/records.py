@@ -52,11 +52,11 @@ class Bury:
 Settlement = Ack | Retry | Bury
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
+class Head(msgspec.Struct, frozen=True, array_like=True):
     """What the forwarder knows of a pending event. *body* is None where it is large: read it when sent.
 
     *seq* is the order of acceptance. *failing_since_ms* is the first answer about it, if any.
+    *urgent* is 1 if its name is one of those that go in spite of a budget.
     """
 
     seq: int
@@ -65,7 +65,9 @@ class Head:
     kind: Kind
     attempts: int
     failing_since_ms: int | None
+    body_bytes: int
     body: bytes | None
+    urgent: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

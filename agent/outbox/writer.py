@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -96,7 +97,7 @@ class _Append:
 
 @dataclass(slots=True)
 class _Settle:
-    settlement: Settlement
+    settlements: Sequence[Settlement]
     done: asyncio.Future[None]
 
 
@@ -182,9 +183,9 @@ class Writer:
         self._begin()
         return job.done
 
-    def settle(self, settlement: Settlement) -> asyncio.Future[None]:
-        """Record what became of an attempt; the future resolves when that is synced."""
-        job = _Settle(settlement, asyncio.get_running_loop().create_future())
+    def settle(self, *settlements: Settlement) -> asyncio.Future[None]:
+        """Record what became of the events of an attempt; the future resolves when that is synced."""
+        job = _Settle(settlements, asyncio.get_running_loop().create_future())
         self._settles.append(job)
         self._begin()
         return job.done
@@ -391,7 +392,7 @@ class Writer:
         """Carry out a group, in its transaction."""
         if group.settles:
             store.settle(
-                [job.settlement for job in group.settles],
+                chain.from_iterable(job.settlements for job in group.settles),
                 now_ms=self._clock.wall_ms(),
                 remember=self._policy.remember,
             )
