@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import aiosqlite
 
 from agent.errors import OutboxDamagedError, OutboxError
-from agent.outbox import schema
+from agent.outbox import files, schema
 from agent.outbox.ids import id_hash
 from agent.outbox.store import Store
 
@@ -240,7 +240,7 @@ def _check_log(path: Path) -> None:
 
     SQLite would take the first bad frame for the end of the log, and overwrite what is behind it.
     """
-    log = path.with_name(f"{path.name}-wal")
+    log = files.log_of(path)
     if log.exists() and log.stat().st_size:
         from agent.outbox.salvage import log_is_broken  # noqa: PLC0415  # seldom needed
 
@@ -261,20 +261,13 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
 def _make_private(path: Path) -> None:
     """Make a missing file readable for the group alone; SQLite gives its log the same mode."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        os.close(files.make(path))
     except FileExistsError:
         # Asked, not opened: to close a second descriptor would drop SQLite's locks on the file.
         if not path.is_file():
             raise OSError(errno.EINVAL, "not a regular file") from None
         if not os.access(path, os.R_OK | os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
-        return
-    os.fchmod(fd, 0o640)
-    if os.geteuid() == 0:
-        # Root was first to run it here: the service's own user must be able to write it, too.
-        folder = path.parent.stat()
-        os.fchown(fd, folder.st_uid, folder.st_gid)
-    os.close(fd)
 
 
 def _clear_remains(path: Path) -> None:
@@ -282,10 +275,10 @@ def _clear_remains(path: Path) -> None:
 
     A -shm is made anew from the log, and an empty log is none. Only for the owner of the lock.
     """
-    for name in ("-shm", "-wal"):
-        remains = path.with_name(path.name + name)
+    log = files.log_of(path)
+    for remains in (files.log_index_of(path), log):
         if remains.exists() and not os.access(remains, os.R_OK | os.W_OK):
-            if name == "-wal" and remains.stat().st_size:
+            if remains == log and remains.stat().st_size:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(remains))
             remains.unlink()
 

@@ -42,7 +42,7 @@ from agent.errors import (
     OutboxUnavailableError,
 )
 from agent.event import Event
-from agent.outbox import aside, database, lock, restore
+from agent.outbox import aside, database, files, lock, restore
 from agent.outbox.database import Database
 from agent.outbox.records import Appended, Settlement
 from agent.outbox.room import Policy, Room
@@ -585,7 +585,7 @@ async def open_writer(path: Path, policy: Policy, clock: Clock) -> AsyncIterator
     Raises `OutboxLockedError` if another process owns it, `OutboxError` if it cannot be used.
     """
     try:
-        _make_folder(path.parent)
+        files.make_folder(path.parent)
     except OSError as exc:
         raise OutboxError(
             f"{path.parent}: cannot create the outbox folder ({exc.strerror});"
@@ -605,14 +605,6 @@ async def open_writer(path: Path, policy: Policy, clock: Clock) -> AsyncIterator
                     await asyncio.wait([running])
         finally:
             await writer.close()
-
-
-def _make_folder(folder: Path) -> None:
-    """Make *folder* if need be, for good: a power cut must not take it with all that is in it."""
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-    for each in made:
-        aside.sync_folder(each.parent)
 
 
 def _has_survivors(path: Path) -> bool:
