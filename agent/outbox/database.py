@@ -114,11 +114,11 @@ class Database:
         """Commit and sync something. Raises `sqlite3.Error` if that fails."""
         await self.transact(lambda store: store.touch())
 
-    async def checkpoint(self) -> None:
+    async def empty_log(self) -> None:
         """Empty the log into the database. Raises `sqlite3.Error` if that fails."""
         await self._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    async def begin_log_again(self, before: Callable[[], object] = lambda: None) -> None:
+    async def rewind_log(self, before: Callable[[], object] = lambda: None) -> None:
         """Write the log into the database, but keep its space: it begins anew in what it has.
 
         *before* is called in the database's thread right before. Raises `sqlite3.Error`.
@@ -215,13 +215,13 @@ def _prepare(db: sqlite3.Connection, path: Path) -> Store:
     db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
     db.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
     db.create_function("id_hash", 1, id_hash, deterministic=True)
-    _begin_log_anew(db)
+    _empty_inherited_log(db)
     schema.migrate(db, version)
     _check(db, path)
     return Store(db)
 
 
-def _begin_log_anew(db: sqlite3.Connection) -> None:
+def _empty_inherited_log(db: sqlite3.Connection) -> None:
     """Write what a log of before holds into the database, and empty it.
 
     One of its frames may be in the kernel's memory alone, after a sync that failed: what is committed

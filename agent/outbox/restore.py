@@ -126,7 +126,7 @@ def note_sets(store: Store, names: Sequence[str], *, now_ms: int, floor: int) ->
     return [name for (name,) in store.fetch(_UNSALVAGED) if name in names]
 
 
-def restore(store: Store, name: str, survivors: Sequence[Survivor]) -> None:
+def put_back(store: Store, name: str, survivors: Sequence[Survivor]) -> None:
     """Put back the events among *survivors* that are not known here, with the seqs they had."""
     ((floor,),) = store.fetch(_FLOOR, name=name)
     known = store.ids.find([survivor.message_id for survivor in survivors])

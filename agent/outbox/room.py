@@ -93,7 +93,7 @@ class Room:
     def rolled_back(self) -> None:
         self._evicted = self._forgotten = 0
 
-    def has_some(self, store: Store) -> bool:
+    def look_for_room(self, store: Store) -> bool:
         """Return whether there is room again: no app may come to find that out."""
         if not self.reserve.keep():
             return False

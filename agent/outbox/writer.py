@@ -274,7 +274,7 @@ class Writer:
 
     async def _look_again(self) -> None:
         try:
-            if await self._transact(self._room.has_some):
+            if await self._transact(self._room.look_for_room):
                 self._room.full = None
         except Exception as exc:  # noqa: BLE001  # as in _follow_groups
             if not database.is_full(exc):
@@ -300,7 +300,7 @@ class Writer:
         if self.fault is None and self._waiting(performs=False):
             await self._follow_groups()  # what was queued before the verbs comes before them
         if not self._room.reserve.held:
-            await self._begin_log_again()
+            await self._rewind_log()
         while self._performs and self.fault is None:
             await self._commit_verb(self._performs.popleft())
 
@@ -347,10 +347,10 @@ class Writer:
         limit = len(self._settles) if self._room.reserve.held else _SHORT_SETTLES
         return [self._settles.popleft() for _ in range(min(limit, len(self._settles)))]
 
-    async def _begin_log_again(self, before: Callable[[], object] = lambda: None) -> None:
+    async def _rewind_log(self, before: Callable[[], object] = lambda: None) -> None:
         """Make the log reusable, so that it need not grow; a failure shows at the next write."""
         with suppress(sqlite3.Error):
-            await self._database.begin_log_again(before)
+            await self._database.rewind_log(before)
 
     def _conclude(self, committed: tuple[_Group, _Results]) -> None:
         """Answer those who waited for a commit that is synced."""
@@ -417,7 +417,7 @@ class Writer:
         if self._room.reserve.held:
             log.warning("outbox.reserve_released", path=str(self.path))
             # At once, before another program takes the space: the log needs it to become reusable.
-            await self._begin_log_again(self._room.reserve.release)
+            await self._rewind_log(self._room.reserve.release)
         elif self._stopping:
             self._abandon_settles()
         else:
@@ -517,11 +517,11 @@ class Writer:
             self.damaged.set()
 
     async def close(self) -> None:
-        """Checkpoint and close; what is committed stays whatever happens here."""
+        """Empty the log and close; what is committed stays whatever happens here."""
         db, self._db = self._db, None
         if db is not None:
             try:
-                await db.checkpoint()
+                await db.empty_log()
             except sqlite3.Error as exc:
                 log.warning("outbox.checkpoint_failed", path=str(self.path), error=str(exc))
             finally:
@@ -580,7 +580,7 @@ class Writer:
 
 @asynccontextmanager
 async def open_writer(path: Path, policy: Policy, clock: Clock) -> AsyncIterator[Writer]:
-    """Own the outbox at *path* while the block runs: lock it, open it, commit, checkpoint, close.
+    """Own the outbox at *path* while the block runs: lock it, open it, commit, empty its log, close.
 
     Raises `OutboxLockedError` if another process owns it, `OutboxError` if it cannot be used.
     """
