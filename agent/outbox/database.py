@@ -157,7 +157,7 @@ async def connect(path: Path, *, first: bool = True) -> Database:
         _clear_remains(path)
         if first:
             # Never beside another connection: to close the file would drop the locks SQLite has on it.
-            _check_log(path)
+            await _check_log(path)
         connection = _Connection(
             lambda: sqlite3.connect(path, isolation_level=None, timeout=_BUSY_TIMEOUT_S),
             iter_chunk_size=64,  # aiosqlite wants one; nothing here iterates
@@ -235,7 +235,7 @@ def _empty_inherited_log(db: sqlite3.Connection) -> None:
             raise
 
 
-def _check_log(path: Path) -> None:
+async def _check_log(path: Path) -> None:
     """Look for damage in what a process that was killed has left. Raises `OutboxDamagedError`.
 
     SQLite would take the first bad frame for the end of the log, and overwrite what is behind it.
@@ -244,7 +244,8 @@ def _check_log(path: Path) -> None:
     if log.exists() and log.stat().st_size:
         from agent.outbox.salvage import log_is_broken  # noqa: PLC0415  # seldom needed
 
-        if log_is_broken(path):
+        # In a thread: a long log takes a while to read, and the service manager wants its signs of life.
+        if await asyncio.to_thread(log_is_broken, path):
             raise OutboxDamagedError(f"{path}: damaged (a part of its log in the middle)")
 
 
