@@ -26,8 +26,9 @@ from agent.exchange import Answer, Handler, Reply, Request
 from agent.ingest.guard import Guard
 from agent.ingest.routes import Routes
 from agent.ingest.server import serving
+from agent.outbox.intake import QUEUE_EVENTS
 from agent.outbox.store import Store
-from agent.outbox.writer import QUEUE_EVENTS, Policy, Writer, open_writer
+from agent.outbox.writer import Policy, Writer, open_writer
 
 TRACK = "/api/public/apps/track"
 LIMIT_BYTES = 200_000

@@ -44,9 +44,9 @@ log = structlog.get_logger()
 async def salvage_damaged(writer: Writer) -> None:
     """Salvage what was set aside, now and whenever it happens, until cancelled."""
     while True:
-        await writer.damaged.wait()
-        writer.damaged.clear()
-        for name in writer.unsalvaged:
+        await writer.opening.damaged.wait()
+        writer.opening.damaged.clear()
+        for name in writer.opening.unsalvaged:
             await _salvage(writer, name)
 
 

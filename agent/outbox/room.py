@@ -18,6 +18,7 @@ import structlog
 from agent.clock import Clock
 from agent.errors import OutboxFullError
 from agent.event import Event
+from agent.outbox.records import Appended
 from agent.outbox.reserve import Reserve
 from agent.outbox.store import Space, Store
 
@@ -30,6 +31,9 @@ _BARE_BYTES = 40 * 1024
 _EVICT_LIMIT = 10_000
 _PRUNE_LIMIT = 1_000
 """Rows evicted and ids forgotten at once at most, to keep the transaction short."""
+
+Results = list[list[Appended] | OutboxFullError]
+"""What became of the events of each call, or why it was refused."""
 
 log = structlog.get_logger()
 
@@ -57,28 +61,19 @@ class Room:
         self._evicted = 0
         self._forgotten = 0
 
-    def admit(self, store: Store, calls: Sequence[Sequence[Event]]) -> list[OutboxFullError | None]:
-        """Return for each call why its events are refused; None: they may be stored.
+    def let_in(self, store: Store, calls: Sequence[Sequence[Event]]) -> Results:
+        """Store the events of those *calls* that there is room for, each whole or not at all.
 
-        Each call is let in whole or not at all. May discard older events, if that is the policy.
+        May discard older events, if that is the policy.
         """
-        if self.reserve.keep():
-            room_bytes = self._quota_left(store, calls)
-        else:
-            room_bytes = store.space().free // 2
-        verdicts: list[OutboxFullError | None] = []
-        for events in calls:
-            wanted_bytes = _footprint(events)
-            if wanted_bytes <= room_bytes:
-                room_bytes -= wanted_bytes
-                verdicts.append(None)
-            elif store.knows_all(events):  # a replay takes no room, and is answered as ever
-                verdicts.append(None)
-            else:
-                verdicts.append(
-                    self._quota_full(store.space()) if self.reserve.held else self.disk_full()
-                )
-        return verdicts
+        refusals = self._judge(store, calls)
+        judged = list(zip(calls, refusals, strict=True))
+        admitted = [event for events, refusal in judged if refusal is None for event in events]
+        outcomes = iter(store.append(admitted) if admitted else ())
+        return [
+            [next(outcomes) for _ in events] if refusal is None else refusal
+            for events, refusal in judged
+        ]
 
     def committed(self) -> None:
         """Say what the committed transaction discarded."""
@@ -105,6 +100,28 @@ class Room:
         self.lacks_disk = True
         self.full = f"{self._folder}: no space left on the disk; free some"
         return OutboxFullError(self.full)
+
+    def _judge(
+        self, store: Store, calls: Sequence[Sequence[Event]]
+    ) -> list[OutboxFullError | None]:
+        """Return for each call why its events are refused; None: they may be stored."""
+        if self.reserve.keep():
+            room_bytes = self._quota_left(store, calls)
+        else:
+            room_bytes = store.space().free // 2
+        verdicts: list[OutboxFullError | None] = []
+        for events in calls:
+            wanted_bytes = _footprint(events)
+            if wanted_bytes <= room_bytes:
+                room_bytes -= wanted_bytes
+                verdicts.append(None)
+            elif store.knows_all(events):  # a replay takes no room, and is answered as ever
+                verdicts.append(None)
+            else:
+                verdicts.append(
+                    self._quota_full(store.space()) if self.reserve.held else self.disk_full()
+                )
+        return verdicts
 
     def _quota_full(self, space: Space) -> OutboxFullError:
         self.lacks_disk = False
