@@ -14,9 +14,10 @@ import uvloop
 from structlog.testing import capture_logs
 
 from agent.errors import AgentError
-from agent.exchange import STORED, Answer, Handler, Later, Reply, Request
+from agent.exchange import STORED, Answer, Request
 from agent.ingest.connection import Connection, Deadlines, Shared
 from agent.ingest.guard import Guard
+from agent.ingest.reply import Handler, Later, Reply
 from agent.ingest.server import serving
 from agent.ingest.wire import STORED_PLAIN
 

@@ -22,8 +22,9 @@ from structlog.testing import capture_logs
 
 from agent.errors import AgentError
 from agent.event import parse_track
-from agent.exchange import Answer, Handler, Reply, Request
+from agent.exchange import Answer, Request
 from agent.ingest.guard import Guard
+from agent.ingest.reply import Handler, Reply
 from agent.ingest.routes import Routes
 from agent.ingest.server import serving
 from agent.outbox.intake import QUEUE_EVENTS

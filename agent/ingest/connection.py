@@ -22,8 +22,9 @@ from typing import Any, cast
 
 import msgspec
 
-from agent.exchange import STORED, Answer, Handler, Later, Request, refuse
+from agent.exchange import STORED, Answer, Request, refuse
 from agent.ingest.guard import Guard
+from agent.ingest.reply import Handler, Later
 from agent.ingest.wire import BODY, HEAD, PLAIN, STORED_PLAIN, Reader, Reading, failure
 
 
