@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+from agent.event import digest_of
 from agent.outbox.records import Ack, State
 from agent.outbox.store import Store
 
@@ -165,7 +165,7 @@ def _row(store: Store, survivor: Survivor, *, floor: int, taken: set[int]) -> di
         row["seq"] = store.last_seq
     taken.add(row["seq"])
     if survivor.digest is None:
-        row["digest"] = blake2b(survivor.body or b"", digest_size=16).digest()
+        row["digest"] = digest_of(survivor.body or b"")
     if row["queued_ms"] is None:
         row["queued_ms"] = survivor.accepted_ms
     return row
