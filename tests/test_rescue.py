@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from agent.clock import SystemClock
 from agent.event import Event
@@ -89,6 +90,25 @@ async def test_all_comes_back_from_a_database_that_only_seemed_damaged(outbox: P
         ledger = await reader.ledger()
         assert (ledger.accepted, ledger.delivered, ledger.pending) == (4, 1, 3)
         assert [head.message_id for head in await reader.scan(after=0, limit=9)] == ["b", "c", "d"]
+
+
+async def test_what_was_salvaged_is_said_with_how_much_was_damaged(outbox: Path) -> None:
+    async with opened(outbox) as (writer, _):
+        await writer.append([event(f"m{i}") for i in range(100)])
+    with contextlib.closing(sqlite3.connect(outbox)) as db:
+        ((root,),) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'pending'")
+        ((page_bytes,),) = db.execute("PRAGMA page_size")
+        ((pages,),) = db.execute("PRAGMA page_count")
+    with outbox.open("r+b") as file:
+        file.seek((root - 1) * page_bytes)
+        file.write(bytes([0xFF]) * page_bytes)
+    with capture_logs() as logs:
+        async with opened(outbox) as (writer, _):
+            await until_salvaged(writer)
+
+    (line,) = [line for line in logs if line["event"] == "outbox.salvaged"]
+    assert (line["pages"], line["pages_damaged"]) == (pages, 1)
+    assert line["pending"] + line["lost"] == 100
 
 
 async def test_what_was_delivered_since_is_not_brought_back_by_a_second_damage(

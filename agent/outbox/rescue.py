@@ -74,7 +74,9 @@ async def _read_back(writer: Writer, name: str) -> dict[str, int]:
         rows = found.rows()
         while chunk := await asyncio.to_thread(_chunk, rows):
             await _patiently(writer, partial(restore.put_back, name=name, survivors=chunk))
-        return await _patiently(writer, partial(restore.end, name=name, report=found.report))
+        report = found.report
+        counts = await _patiently(writer, partial(restore.end, name=name, report=report))
+        return {**counts, "pages": report.pages, "pages_damaged": report.pages_damaged}
 
 
 async def _patiently(writer: Writer, verb: Callable[[Store], T]) -> T:
