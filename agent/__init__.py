@@ -21,6 +21,7 @@ The levels; an import goes down, never up or sideways (`tests/test_levels.py` wa
     ingest | forward | console     the two ends, and the person's view; they never meet
     outbox                         the durable queue
     config, observe, systemd       settings in effect; logs; the service manager
+    keys                           what can be set, as a table, and how it is written in a file
     event, settings                the contract: JSON bytes -> Event; every key that can be set
     errors, clock, exchange, units exceptions by blame; time; one HTTP exchange as plain values;
                                    durations, sizes and secrets as people write them

@@ -1,7 +1,7 @@
 """The configuration: TOML, environment and credentials -> frozen `Settings`, or errors that help.
 
-The keys themselves are declared in `agent.settings`; this module reads and writes them. Two kinds
-of fault:
+The keys are declared in `agent.settings`, and `agent.keys` has them as a table; this module finds
+their values, and where each came from. Two kinds of fault:
 
     ConfigError   a value that cannot be meant (unknown key, bad unit, out of range): the daemon
                   does not start. All of them at once, one line each.
@@ -13,33 +13,22 @@ Does not own what a setting does. Called once at start-up by the commands and th
 
 from __future__ import annotations
 
-import json
 import re
-import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import msgspec
 import platformdirs
 
 from agent.errors import ConfigError
-from agent.settings import Forward, Help, Settings
-from agent.units import (
-    MASK,
-    Bytes,
-    ProxyUrl,
-    Seconds,
-    WriteKey,
-    http_proxy,
-    server_root,
-    without_credentials,
-)
+from agent.keys import KEYS, PREFIX, SECTIONS, VARIABLES, Key, bare, shown, toml
+from agent.settings import Forward, Settings
+from agent.units import Bytes, Seconds, WriteKey
 
 APP = "tranthor-agent"
-PREFIX = "TRANTHOR_AGENT_"
 FILE_VARIABLE = f"{PREFIX}CONFIG"
 SYSTEM_FILE = Path("/etc/tranthor-agent/config.toml")
 SYSTEM_STATE = Path("/var/lib/tranthor-agent")
@@ -47,9 +36,6 @@ CREDENTIAL = "write_key"
 
 _KEY_BYTES = 8_192
 """The longest write key file that is read: servers refuse longer headers, and it is no key."""
-
-_COLUMNS = 100
-"""Width of the example file."""
 
 
 # --- what the commands and the daemon ask for ---
@@ -110,13 +96,13 @@ def load(
     file = named.absolute() if named else _first(search_path() if search is None else search)
     faults: list[str] = []
     values: dict[str, Any] = {}
-    origins = dict.fromkeys(_KEYS, "default")
+    origins = dict.fromkeys(KEYS, "default")
     for given in [*_from_file(file, faults), *_from_environ(environ, faults)]:
         key = given.key
         try:
             values[key.dotted] = _decode(key, given.raw, given.folder)
         except ValueError as exc:
-            faults.append(f"{given.where} = {_shown(key, given.raw)}: {exc}")
+            faults.append(f"{given.where} = {shown(key, given.raw)}: {exc}")
         origins[key.dotted] = given.origin
     faults.extend(f"{file or 'environment'}: {fault}" for fault in _contradictions(values, origins))
     if faults:
@@ -132,117 +118,15 @@ def load(
 
 
 def effective(loaded: Loaded) -> list[Effective]:
-    """Return every key with its value in effect, in the order of the example file."""
+    """Return every key with its value in effect, in the order of `agent.keys.example`."""
     return [
         Effective(
             key=key.dotted,
-            value=_toml(getattr(getattr(loaded.settings, key.section), key.name)),
+            value=toml(getattr(getattr(loaded.settings, key.section), key.name)),
             origin=loaded.origins[key.dotted],
         )
-        for key in _KEYS.values()
+        for key in KEYS.values()
     ]
-
-
-def example() -> str:
-    """Return a configuration file that explains every key and changes none."""
-    lines = [*_EXAMPLE_HEAD.splitlines()]
-    section = ""
-    for key in _KEYS.values():
-        if key.section != section:
-            section = key.section
-            lines += ["", "", f"[{section}]", *_comment(_SECTIONS[section])]
-        text = f"{key.help.text} Allowed: {key.allowed}."
-        lines += ["", *_comment(text), f"#{key.name} = {_toml(key.default)}"]
-    return "\n".join(lines) + "\n"
-
-
-_EXAMPLE_HEAD = """\
-# The configuration of tranthor-agent.
-#
-# Every key is here, commented out at its default: remove the "#" before those you change. Two are
-# needed before anything is delivered: url and a write key, both under [upstream]. Until then the
-# agent stores events and waits, and loses none.
-#
-# Durations are text with a unit: "500ms", "30s", "5m", "1h30m", "7d". So are sizes: "512KiB",
-# "5MiB", "1GiB", or KB, MB, GB by the thousand. A relative path starts at the folder of this file.
-#
-# Any key can also be set in the environment, and wins there: timeout under [upstream] is
-# TRANTHOR_AGENT_UPSTREAM__TIMEOUT. Commas separate the entries of a list.
-#
-# `tranthor-agent config check` tests this file; `config show` says what is in effect, and why."""
-
-
-def _comment(text: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        _COLUMNS,
-        initial_indent="# ",
-        subsequent_indent="# ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
-# --- the table of keys ---
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Key:
-    """One key, as its Struct declares it. *base* is the type without the None of an empty text."""
-
-    section: str
-    name: str
-    type: Any
-    default: Any
-    help: Help
-
-    @property
-    def dotted(self) -> str:
-        return f"{self.section}.{self.name}"
-
-    @property
-    def variable(self) -> str:
-        return f"{PREFIX}{self.section}__{self.name}".upper()
-
-    @property
-    def optional(self) -> bool:
-        return type(None) in get_args(self.type)
-
-    @property
-    def base(self) -> Any:
-        return get_args(self.type)[0] if self.optional else self.type
-
-    @property
-    def allowed(self) -> str:
-        if get_origin(self.base) is Literal:
-            *others, last = map(_toml, get_args(self.base))
-            return f"{', '.join(others)} or {last}" if others else last
-        if self.help.low is None or self.help.high is None:
-            return self.help.allowed or "a path"
-        kind = {int: "a whole number", Seconds: "a duration", Bytes: "a size"}[self.base]
-        low, high = (_toml(self.base(limit)) for limit in (self.help.low, self.help.high))
-        return f"{kind} from {low} to {high}"
-
-
-def _declared() -> Iterator[_Key]:
-    for section in msgspec.structs.fields(Settings):
-        struct = get_args(section.type)[0]
-        for declared in msgspec.structs.fields(struct):
-            kind, help_ = get_args(declared.type)
-            yield _Key(
-                section=section.name,
-                name=declared.name,
-                type=kind,
-                default=declared.default,
-                help=help_,
-            )
-
-
-_KEYS = {key.dotted: key for key in _declared()}
-_VARIABLES = {key.variable: key for key in _KEYS.values()}
-_SECTIONS = {
-    section.name: get_args(section.type)[1].text for section in msgspec.structs.fields(Settings)
-}
 
 
 def _build(values: Mapping[str, Any]) -> Settings:
@@ -250,7 +134,7 @@ def _build(values: Mapping[str, Any]) -> Settings:
     for section in msgspec.structs.fields(Settings):
         given = {
             key.name: values[key.dotted]
-            for key in _KEYS.values()
+            for key in KEYS.values()
             if key.section == section.name and key.dotted in values
         }
         sections[section.name] = get_args(section.type)[0](**given)
@@ -264,7 +148,7 @@ def _build(values: Mapping[str, Any]) -> Settings:
 class _Given:
     """A value before it is decoded. *where* begins an error; relative paths start at *folder*."""
 
-    key: _Key
+    key: Key
     raw: object
     where: str
     origin: str
@@ -290,7 +174,7 @@ def _from_file(file: Path | None, faults: list[str]) -> Iterator[_Given]:
     if file is None:
         return
     for section, table in _parse(file).items():
-        if section not in _SECTIONS:
+        if section not in SECTIONS:
             faults.append(f"{file}: {_unknown_section(section)}")
         elif not isinstance(table, dict):
             faults.append(
@@ -298,8 +182,8 @@ def _from_file(file: Path | None, faults: list[str]) -> Iterator[_Given]:
             )
         else:
             for name, raw in table.items():
-                where = f"{file}: [{section}] {_bare(name)}"
-                key = _KEYS.get(f"{section}.{name}")
+                where = f"{file}: [{section}] {bare(name)}"
+                key = KEYS.get(f"{section}.{name}")
                 if key is None:
                     faults.append(f"{where}: {_unknown_key(section, name)}")
                 else:
@@ -332,10 +216,10 @@ def _from_environ(environ: Mapping[str, str], faults: list[str]) -> Iterator[_Gi
     for name, text in sorted(environ.items()):
         if not name.startswith(PREFIX) or "__" not in name:
             continue
-        where = f"environment: {_bare(name)}"
-        key = _VARIABLES.get(name)
+        where = f"environment: {bare(name)}"
+        key = VARIABLES.get(name)
         if key is None:
-            faults.append(f"{where}: unknown variable; {_nearest(name, list(_VARIABLES))}")
+            faults.append(f"{where}: unknown variable; {_nearest(name, list(VARIABLES))}")
         else:
             yield _Given(
                 key=key,
@@ -346,7 +230,7 @@ def _from_environ(environ: Mapping[str, str], faults: list[str]) -> Iterator[_Gi
             )
 
 
-def _untext(key: _Key, text: str) -> object:
+def _untext(key: Key, text: str) -> object:
     """Return what TOML would have given for *text*, so that both are decoded alike."""
     if get_origin(key.base) is tuple:
         return [entry for part in text.split(",") if (entry := part.strip())]
@@ -356,19 +240,17 @@ def _untext(key: _Key, text: str) -> object:
 
 
 def _unknown_section(section: str) -> str:
-    home = next((key for key in _KEYS.values() if key.name == section), None)
+    home = next((key for key in KEYS.values() if key.name == section), None)
     if home is not None:
         return f"{section} stands in no section: put it beneath [{home.section}]"
-    return f"[{_bare(section)}]: unknown section; {_nearest(section, list(_SECTIONS))}"
+    return f"[{bare(section)}]: unknown section; {_nearest(section, list(SECTIONS))}"
 
 
 def _unknown_key(section: str, name: str) -> str:
-    home = next((key for key in _KEYS.values() if key.name == name), None)
+    home = next((key for key in KEYS.values() if key.name == name), None)
     if home is not None:
         return f"unknown key; it belongs to [{home.section}]"
-    return (
-        f"unknown key; {_nearest(name, [k.name for k in _KEYS.values() if k.section == section])}"
-    )
+    return f"unknown key; {_nearest(name, [k.name for k in KEYS.values() if k.section == section])}"
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -388,7 +270,7 @@ def _near(environ: Mapping[str, str]) -> Iterator[str]:
 
     It is no error, since Kubernetes makes such names by itself for a service "tranthor-agent-...".
     """
-    for variable in _VARIABLES:
+    for variable in VARIABLES:
         slip = variable.replace("__", "_")
         if slip in environ:
             yield f"environment: {slip} is ignored; did you mean {variable}?"
@@ -399,7 +281,7 @@ def _near(environ: Mapping[str, str]) -> Iterator[str]:
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-def _decode(key: _Key, raw: object, folder: Path) -> Any:
+def _decode(key: Key, raw: object, folder: Path) -> Any:
     """Return the value of *key*. Raises ValueError with what is allowed, never with the value."""
     if key.optional and isinstance(raw, str) and not raw.strip():
         return None
@@ -450,7 +332,7 @@ def _contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> It
     cap = values.get("forward.backoff_max", Forward().backoff_max)
     if cap < base:
         yield (
-            f"[forward] backoff_max = {_toml(cap)}: shorter than backoff_base = {_toml(base)};"
+            f"[forward] backoff_max = {toml(cap)}: shorter than backoff_base = {toml(base)};"
             " raise the one or lower the other"
         )
 
@@ -468,7 +350,7 @@ def _settle_key(
     key: WriteKey | None = values.get(name)
     try:
         if path := values.get("upstream.write_key_file"):
-            name, origins[_KEY_PROBLEM] = f"upstream.write_key_file = {_toml(path)}", str(path)
+            name, origins[_KEY_PROBLEM] = f"upstream.write_key_file = {toml(path)}", str(path)
             key = _read_key(path)
             if key is None:
                 yield f"{name}: the file is empty; put the write key into it"
@@ -522,7 +404,7 @@ def _file_problems(values: Mapping[str, Any]) -> Iterator[str]:
                 pass
         except OSError as exc:
             yield (
-                f"{name} = {_toml(path)}: cannot be read ({exc.strerror});"
+                f"{name} = {toml(path)}: cannot be read ({exc.strerror});"
                 " check the path and its permissions"
             )
 
@@ -535,44 +417,3 @@ def _outbox_path(environ: Mapping[str, str], file: Path | None) -> tuple[Path, s
         # An operator's `status` has no STATE_DIRECTORY, and means the service's outbox.
         return SYSTEM_STATE / "outbox.db", f"default beside {SYSTEM_FILE}"
     return platformdirs.user_data_path(APP) / "outbox.db", "default"
-
-
-# --- writing values ---
-
-
-def _toml(value: object) -> str:
-    """Return *value* as it stands in TOML; None, and a path not chosen, is the empty text."""
-    match value:
-        case Seconds() | Bytes():
-            return f'"{value.text}"'
-        case int():
-            return str(value)
-        case tuple():
-            return f"[{', '.join(map(_toml, value))}]"
-        case None:
-            return '""'
-        case Path():
-            return _quoted("" if value == Path() else str(value))
-        case ProxyUrl():
-            return _quoted(without_credentials(value))
-        case _:
-            return _quoted(str(value))
-
-
-def _shown(key: _Key, raw: object) -> str:
-    """Return what a person gave, for an error message: short, on one line, and no secret in it."""
-    if key.base is WriteKey or (key.base is ProxyUrl and not isinstance(raw, str)):
-        return MASK
-    if key.help.check in {server_root, http_proxy} and isinstance(raw, str):
-        raw = without_credentials(raw)
-    text = _quoted(raw) if isinstance(raw, str) else json.dumps(raw, default=str)
-    return text if len(text) <= _COLUMNS else f"{text[:_COLUMNS]}..."
-
-
-def _bare(name: str) -> str:
-    return name if re.fullmatch(r"[\w-]+", name) else _quoted(name)
-
-
-def _quoted(text: str) -> str:
-    # Letters of any language stay readable; what would move the cursor or end the line does not.
-    return json.dumps(text, ensure_ascii=not text.isprintable())

@@ -1,7 +1,7 @@
 """Every key of the configuration: its type, default, range and help, in one place.
 
 From these the decoder, the error messages, `config show` and the example file are all made
-(`agent.config`). Does not own what a setting does, nor where it is read from.
+(`agent.keys`, `agent.config`). Does not own what a setting does, nor where it is read from.
 """
 
 from __future__ import annotations

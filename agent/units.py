@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 import re
 from datetime import time
 from decimal import Decimal
+from os import fsencode
 from typing import Self
 from urllib.parse import SplitResult, urlsplit
 
@@ -268,7 +268,7 @@ def http_proxy(url: ProxyUrl) -> ProxyUrl:
 def socket_path(path: str) -> str:
     if path and not path.startswith("/"):
         raise ValueError('expected a whole path, such as "/run/tranthor-agent/ingest.sock"')
-    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+    if len(fsencode(path)) > _SOCKET_PATH_BYTES:
         raise ValueError(f"the path of a socket has at most {_SOCKET_PATH_BYTES} bytes: shorten it")
     return path
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import Loaded, effective, example, load, search_path
+from agent.config import Loaded, effective, load, search_path
 from agent.errors import ConfigError
+from agent.keys import example
 from agent.settings import Forward, Ingest, Outbox, Settings, Upstream
 from agent.units import MASK, Bytes, ProxyUrl, Seconds, WriteKey
 
@@ -86,7 +87,7 @@ def test_the_promised_defaults() -> None:
 def test_the_example_in_the_repository_is_the_generated_one() -> None:
     text = (REPOSITORY / "config.example.toml").read_text(encoding="utf-8")
 
-    assert text == example(), "write it again: the text of agent.config.example()"
+    assert text == example(), "write it again: the text of agent.keys.example()"
 
 
 def test_the_example_fits_a_screen_and_leaves_no_key_out() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from agent.config import effective, example, search_path
+from agent.config import effective, search_path
 from agent.console.invocation import (
     PROGRAM,
     Group,
@@ -21,6 +21,7 @@ from agent.console.invocation import (
 )
 from agent.console.listing import json_option
 from agent.errors import AgentError
+from agent.keys import example
 
 _FILE_MODE = 0o640
 _FOLDER_MODE = 0o750

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from agent import __version__
+from agent.outbox.files import log_of
 from agent.outbox.reader import Reader
 from agent.outbox.records import Ledger, Salvage
 
@@ -144,7 +145,7 @@ async def collect(
         outbox=OutboxStatus(
             path=str(reader.path),
             bytes=_size(reader.path),
-            wal_bytes=_size(reader.path.with_name(f"{reader.path.name}-wal")),
+            wal_bytes=_size(log_of(reader.path)),
             max_bytes=int(max_bytes),
             full=full,
             fault=fault,

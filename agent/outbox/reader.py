@@ -19,7 +19,7 @@ import aiosqlite
 import msgspec
 
 from agent.errors import OutboxDamagedError, OutboxError
-from agent.outbox import lock, schema
+from agent.outbox import files, lock, schema
 from agent.outbox.database import is_damage
 from agent.outbox.ids import id_hash
 from agent.outbox.records import Head, Ledger, Receipt, Salvage, Selection, State
@@ -354,7 +354,7 @@ async def open_reader(path: Path) -> AsyncIterator[Reader]:
         )
     async with AsyncExitStack() as stack:
         alone = stack.enter_context(lock.shared(path))
-        at_rest = alone and not _bytes(path.with_name(f"{path.name}-wal"))
+        at_rest = alone and not _bytes(files.log_of(path))
         yield await stack.enter_async_context(_reader(path, immutable=at_rest))
 
 

@@ -1,0 +1,177 @@
+"""The table of keys that can be set, and how they stand in a file.
+
+Made from the declarations in `agent.settings`. `agent.config` reads by it and words its errors
+with it; `config init` writes the `example`. Knows no file and no environment.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import msgspec
+
+from agent.settings import Help, Settings
+from agent.units import (
+    MASK,
+    Bytes,
+    ProxyUrl,
+    Seconds,
+    WriteKey,
+    http_proxy,
+    server_root,
+    without_credentials,
+)
+
+PREFIX = "TRANTHOR_AGENT_"
+
+_COLUMNS = 100
+"""Width of the example file, and of a value in an error message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """One key, as its Struct declares it. *base* is the type without the None of an empty text."""
+
+    section: str
+    name: str
+    type: Any
+    default: Any
+    help: Help
+
+    @property
+    def dotted(self) -> str:
+        return f"{self.section}.{self.name}"
+
+    @property
+    def variable(self) -> str:
+        return f"{PREFIX}{self.section}__{self.name}".upper()
+
+    @property
+    def optional(self) -> bool:
+        return type(None) in get_args(self.type)
+
+    @property
+    def base(self) -> Any:
+        return get_args(self.type)[0] if self.optional else self.type
+
+    @property
+    def allowed(self) -> str:
+        if get_origin(self.base) is Literal:
+            *others, last = map(toml, get_args(self.base))
+            return f"{', '.join(others)} or {last}" if others else last
+        if self.help.low is None or self.help.high is None:
+            return self.help.allowed or "a path"
+        kind = {int: "a whole number", Seconds: "a duration", Bytes: "a size"}[self.base]
+        low, high = (toml(self.base(limit)) for limit in (self.help.low, self.help.high))
+        return f"{kind} from {low} to {high}"
+
+
+def _declared() -> Iterator[Key]:
+    for section in msgspec.structs.fields(Settings):
+        struct = get_args(section.type)[0]
+        for declared in msgspec.structs.fields(struct):
+            kind, help_ = get_args(declared.type)
+            yield Key(
+                section=section.name,
+                name=declared.name,
+                type=kind,
+                default=declared.default,
+                help=help_,
+            )
+
+
+KEYS = {key.dotted: key for key in _declared()}
+VARIABLES = {key.variable: key for key in KEYS.values()}
+SECTIONS = {
+    section.name: get_args(section.type)[1].text for section in msgspec.structs.fields(Settings)
+}
+
+
+# --- the example file ---
+
+
+def example() -> str:
+    """Return a configuration file that explains every key and changes none."""
+    lines = [*_EXAMPLE_HEAD.splitlines()]
+    section = ""
+    for key in KEYS.values():
+        if key.section != section:
+            section = key.section
+            lines += ["", "", f"[{section}]", *_comment(SECTIONS[section])]
+        text = f"{key.help.text} Allowed: {key.allowed}."
+        lines += ["", *_comment(text), f"#{key.name} = {toml(key.default)}"]
+    return "\n".join(lines) + "\n"
+
+
+_EXAMPLE_HEAD = """\
+# The configuration of tranthor-agent.
+#
+# Every key is here, commented out at its default: remove the "#" before those you change. Two are
+# needed before anything is delivered: url and a write key, both under [upstream]. Until then the
+# agent stores events and waits, and loses none.
+#
+# Durations are text with a unit: "500ms", "30s", "5m", "1h30m", "7d". So are sizes: "512KiB",
+# "5MiB", "1GiB", or KB, MB, GB by the thousand. A relative path starts at the folder of this file.
+#
+# Any key can also be set in the environment, and wins there: timeout under [upstream] is
+# TRANTHOR_AGENT_UPSTREAM__TIMEOUT. Commas separate the entries of a list.
+#
+# `tranthor-agent config check` tests this file; `config show` says what is in effect, and why."""
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        _COLUMNS,
+        initial_indent="# ",
+        subsequent_indent="# ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+# --- how values are written ---
+
+
+def toml(value: object) -> str:
+    """Return *value* as it stands in TOML; None, and a path not chosen, is the empty text."""
+    match value:
+        case Seconds() | Bytes():
+            return f'"{value.text}"'
+        case int():
+            return str(value)
+        case tuple():
+            return f"[{', '.join(map(toml, value))}]"
+        case None:
+            return '""'
+        case Path():
+            return _quoted("" if value == Path() else str(value))
+        case ProxyUrl():
+            return _quoted(without_credentials(value))
+        case _:
+            return _quoted(str(value))
+
+
+def shown(key: Key, raw: object) -> str:
+    """Return what a person gave, for an error message: short, on one line, and no secret in it."""
+    if key.base is WriteKey or (key.base is ProxyUrl and not isinstance(raw, str)):
+        return MASK
+    if key.help.check in {server_root, http_proxy} and isinstance(raw, str):
+        raw = without_credentials(raw)
+    text = _quoted(raw) if isinstance(raw, str) else json.dumps(raw, default=str)
+    return text if len(text) <= _COLUMNS else f"{text[:_COLUMNS]}..."
+
+
+def bare(name: str) -> str:
+    return name if re.fullmatch(r"[\w-]+", name) else _quoted(name)
+
+
+def _quoted(text: str) -> str:
+    # Letters of any language stay readable; what would move the cursor or end the line does not.
+    return json.dumps(text, ensure_ascii=not text.isprintable())
