@@ -117,20 +117,24 @@ class Bench:
     # --- outboxes ---
 
     @contextmanager
-    def agent(self, *, upstream_port: int | None = None, backlog: int = 0) -> Iterator[Agent]:
+    def agent(
+        self, *, upstream_port: int | None = None, backlog: int = 0, mode: str = "track"
+    ) -> Iterator[Agent]:
         """Run an agent on an outbox of its own while the block runs.
 
         *upstream_port* None: an upstream is configured, but nobody listens there. *backlog* events
         of `seed` are pending at the start.
         """
-        with self.outbox(backlog) as outbox, self.agent_on(outbox, upstream_port) as agent:
+        with self.outbox(backlog) as outbox, self.agent_on(outbox, upstream_port, mode) as agent:
             yield agent
 
     @contextmanager
-    def agent_on(self, outbox: Path, upstream_port: int | None = None) -> Iterator[Agent]:
+    def agent_on(
+        self, outbox: Path, upstream_port: int | None = None, mode: str = "track"
+    ) -> Iterator[Agent]:
         """The same on an *outbox* that is there already, or will be when the agent makes it."""
         port = free_port() if upstream_port is None else upstream_port
-        with running(outbox, upstream_port=port) as agent:
+        with running(outbox, upstream_port=port, mode=mode) as agent:
             yield agent
 
     @contextmanager

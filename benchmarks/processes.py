@@ -90,7 +90,7 @@ def serving(module: str, *arguments: object) -> Iterator[Server]:
 class Agent:
     """One process of the real daemon, of a configuration as an operator would write it."""
 
-    def __init__(self, outbox: Path, *, upstream_port: int) -> None:
+    def __init__(self, outbox: Path, *, upstream_port: int, mode: str = "track") -> None:
         self.port = free_port()
         self.outbox = outbox
         self.log = outbox.with_suffix(".log")
@@ -101,6 +101,7 @@ class Agent:
             f"[ingest]\nport = {self.port}\n"
             f'[outbox]\npath = "{outbox}"\nmax_size = "64GiB"\n'
             f'[upstream]\nurl = "http://127.0.0.1:{upstream_port}"\nwrite_key = "benchmark-key"\n'
+            f'mode = "{mode}"\n'
         )
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -189,9 +190,9 @@ class Agent:
 
 
 @contextmanager
-def running(outbox: Path, *, upstream_port: int) -> Iterator[Agent]:
+def running(outbox: Path, *, upstream_port: int, mode: str = "track") -> Iterator[Agent]:
     """Run an agent on *outbox* while the block runs, and stop it in order; a failed block kills it."""
-    agent = Agent(outbox, upstream_port=upstream_port)
+    agent = Agent(outbox, upstream_port=upstream_port, mode=mode)
     agent.start()
     try:
         yield agent

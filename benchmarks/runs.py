@@ -47,9 +47,12 @@ def ingest(bench: Bench, agent: Agent) -> Ingested:
     return Ingested(seen, Pace(seen.rate, cpu_s / seen.answered))
 
 
-def drain(bench: Bench, count: int) -> Pace:
+def drain(bench: Bench, count: int, mode: str = "track") -> Pace:
     """Drain a backlog of *count* events; each must arrive once."""
-    with upstream() as server, bench.agent(upstream_port=server.port, backlog=count) as agent:
+    with (
+        upstream() as server,
+        bench.agent(upstream_port=server.port, backlog=count, mode=mode) as agent,
+    ):
         before_s = machine.cpu_s(agent.pid)
         rate = server.drain_rate(count)
         agent.until_delivered(deadline_s=DRAIN_DEADLINE_S)
