@@ -364,8 +364,6 @@ def _decode(key: Key, raw: object, folder: Path) -> Any:
     """Return the value of *key*. Raises ValueError with what is allowed, never with the value."""
     if key.optional and isinstance(raw, str) and not raw.strip():
         return None
-    if key.name == "mode" and raw == "batch":
-        raise ValueError('not available in this version: use "track"')
     try:
         value = msgspec.convert(raw, key.type, dec_hook=_decode_own)
     except msgspec.ValidationError as exc:

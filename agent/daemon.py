@@ -25,8 +25,10 @@ from agent.console.control import PREFIX, Control
 from agent.console.status import worst
 from agent.errors import OutboxError
 from agent.forward.backoff import Backoff
+from agent.forward.budget import Budget, Window
 from agent.forward.disposition import GiveUp
 from agent.forward.forwarder import Forwarder, Plan, forwarding
+from agent.forward.tally import open_tally, tally_path
 from agent.forward.upstream import Target, Upstream, open_upstream
 from agent.ingest.destinations import Destinations
 from agent.ingest.guard import Guard
@@ -39,6 +41,7 @@ from agent.outbox.upkeep import Retention, keep_up
 from agent.outbox.writer import Policy, Writer, open_writer
 from agent.settings import Settings
 from agent.systemd import Notifier, WatchdogGate, inherited_sockets, watchdog_interval_s
+from agent.units import time_window
 
 STATUS_INTERVAL_S = 10.0
 """How often the service manager's one-line status is brought up to date."""
@@ -69,7 +72,8 @@ async def run(loaded: Loaded, environ: MutableMapping[str, str]) -> None:
                 upstream=None
                 if loaded.missing(name)
                 else await enter(_upstream(settings, name, clock)),
-                plan=_plan(settings),
+                plan=_plan(settings, name),
+                tally=stack.enter_context(open_tally(tally_path(settings.outbox.path, name))),
                 clock=clock,
                 rng=random.Random(),  # noqa: S311  # spreads load, guards nothing
                 unconfigured=loaded.missing(name) or "",
@@ -130,7 +134,7 @@ def _retention(settings: Settings) -> Retention:
     )
 
 
-def _plan(settings: Settings) -> Plan:
+def _plan(settings: Settings, name: str) -> Plan:
     forward = settings.forward
     return Plan(
         concurrency=forward.concurrency,
@@ -142,6 +146,14 @@ def _plan(settings: Settings) -> Plan:
             unproven_after_s=forward.give_up_unproven_after,
         ),
         hold_probe_s=forward.hold_probe,
+        batch=forward.batch_events if settings.upstream_of(name).mode == "batch" else 1,
+        budget=Budget(
+            events_per_s=forward.max_events_per_s,
+            bytes_per_s=forward.max_bytes_per_s,
+            bytes_per_day=forward.max_bytes_per_day,
+            windows=tuple(Window(*time_window(window)) for window in forward.windows),
+        ),
+        urgent=forward.always,
     )
 
 

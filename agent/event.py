@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Literal
@@ -21,6 +21,9 @@ from agent.errors import InvalidEventError
 
 MAX_BODY_BYTES = 5_242_880
 """The upstream's body limit. Over it, it cuts the connection, which a client sees as a network fault."""
+
+DIGEST_BYTES = 16
+"""So many that no two bodies of one messageId have the same by chance."""
 
 MAX_DEPTH = 100
 """Levels of objects and arrays. Over about 1,000 the upstream stores an unreadable event."""
@@ -38,8 +41,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """One accepted message, as it is stored and as every attempt sends it.
 
     *lane* is a signed 64-bit hash of the user: events of one lane leave in order.
-    *digest* (16 bytes) is of the body before the time of receipt was stamped into it, so that an
-    app's own retry compares equal to its first try. *body* is the exact JSON of every attempt.
+    *digest* is that of the body as accepted (`digest_of`). *body* is the exact JSON of every attempt.
     *upstream* is the name of the one that it is for, empty for the default one.
     """
 
@@ -97,9 +99,9 @@ def parse_track(raw: bytes, *, received_ms: int, max_body_bytes: int = MAX_BODY_
         fields["timestamp"] = _timestamp(fields["timestamp"])
 
     body = msgspec.json.encode(fields)
-    digest = hashlib.blake2b(body, digest_size=16).digest()
+    digest = digest_of(body)
     if "timestamp" not in fields:
-        body = b'%b,"timestamp":"%b"}' % (body[:-1], rfc3339(received_ms).encode())
+        body = _stamped(body, received_ms)
     if len(body) > max_body_bytes:
         raise InvalidEventError(
             f"body: {len(body)} bytes as it would be sent, over the limit of {max_body_bytes};"
@@ -115,6 +117,32 @@ def parse_track(raw: bytes, *, received_ms: int, max_body_bytes: int = MAX_BODY_
         received_ms=received_ms,
         body=body,
     )
+
+
+def digest_of(body: bytes) -> bytes:
+    """Return what tells whether two bodies under one messageId are the same; the first one wins.
+
+    Taken before the time of receipt is stamped into *body*, so that an app's own retry compares equal
+    to its first try.
+    """
+    return hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
+
+
+def proof_of(body: bytes, digests: Collection[bytes]) -> bytes | None:
+    """Return the one of *digests* that *body*, stamped or not, was accepted with; None: no longer."""
+    for accepted in (body, _STAMP.sub(b"}", body)):
+        digest = digest_of(accepted)
+        if digest in digests:
+            return digest
+    return None
+
+
+_STAMP = re.compile(rb',"timestamp":"[0-9TZ:.-]{24}"\}\Z')
+"""What `_stamped` puts at the end."""
+
+
+def _stamped(body: bytes, received_ms: int) -> bytes:
+    return b'%b,"timestamp":"%b"}' % (body[:-1], rfc3339(received_ms).encode())
 
 
 def lane_of(*, user_id: str | None, anonymous_id: str | None) -> int:

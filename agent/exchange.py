@@ -6,16 +6,13 @@ upstream's own shape.
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import msgspec
-
-T = TypeVar("T")
 
 JSON = "application/json; charset=utf-8"
 
@@ -44,19 +41,6 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     close: bool = False
 
-
-@dataclass(slots=True)
-class Later(Generic[T]):
-    """An answer to come: what *answer* makes of *future* once that is done. Costs no task."""
-
-    future: asyncio.Future[T]
-    answer: Callable[[asyncio.Future[T]], Answer]
-
-
-Reply = Answer | Later[Any] | Coroutine[Any, Any, Answer]
-
-Handler = Callable[[Request], Reply]
-"""Answers one request; expected failures are answers, not exceptions."""
 
 STORED = Answer(status=204)
 REPLAYED = Answer(status=204, headers={"Idempotent-Replayed": "true"})

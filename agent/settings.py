@@ -27,6 +27,7 @@ from agent.units import (
     server_root,
     sha256_digests,
     socket_path,
+    time_windows,
     web_origins,
 )
 
@@ -190,8 +191,12 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     mode: Annotated[
-        Literal["track"],
-        Help("How events travel: one request for each. There is no other way in this version."),
+        Literal["track", "batch"],
+        Help(
+            'How events travel. "track" sends each in a request of its own, as the API documents it;'
+            ' "batch" sends what waits together, many times faster over a long round trip, and finds'
+            " by itself the one that the upstream refuses.",
+        ),
     ] = "track"
     connect_timeout: Annotated[
         Seconds,
@@ -280,6 +285,59 @@ class Forward(msgspec.Struct, frozen=True, kw_only=True):
             " events belong to one user.",
         ),
     ] = "per_user"
+    batch_events: Annotated[
+        int,
+        Help(
+            'How many events one request carries at most, where upstream.mode is "batch"; never more'
+            " than the 5 MiB that the upstream takes. Lower it on a link that breaks off long requests.",
+            low=1,
+            high=1_000,
+        ),
+    ] = 200
+    max_events_per_s: Annotated[
+        int,
+        Help(
+            "How many events a second may leave, on average; 0 for as many as the upstream bears.",
+            low=0,
+            high=1_000_000,
+        ),
+    ] = 0
+    max_bytes_per_s: Annotated[
+        Bytes,
+        Help(
+            'How many bytes a second may leave, on average: bodies, and 400 for each request. "0B" for'
+            " no limit. For a thin link that others need, too.",
+            low=0,
+            high=GiB,
+        ),
+    ] = Bytes(0)
+    max_bytes_per_day: Annotated[
+        Bytes,
+        Help(
+            'How many bytes may leave from midnight to midnight, counted as above. "0B" for no limit.'
+            " For a link that is paid by volume; what is over it waits for the next day.",
+            low=0,
+            high=1_024 * GiB,
+        ),
+    ] = Bytes(0)
+    windows: Annotated[
+        tuple[str, ...],
+        Help(
+            'The times of day, in local time, at which events may leave: ["22:00-06:00"]. Empty for'
+            " always.",
+            allowed='a list of times "HH:MM-HH:MM"',
+            check=time_windows,
+        ),
+    ] = ()
+    always: Annotated[
+        tuple[str, ...],
+        Help(
+            "Names of events that go at any time, in spite of windows and budgets:"
+            ' ["Payment Failed"]. To keep the order, what the same user has waiting before goes along;'
+            ' with order = "none" they go alone.',
+            allowed="a list of event names",
+        ),
+    ] = ()
     backoff_base: Annotated[
         Seconds,
         Help(

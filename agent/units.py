@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 import re
 from base64 import b64decode
 from contextlib import suppress
+from datetime import time
 from decimal import Decimal
 from hashlib import sha256
+from os import fsencode
 from typing import Self
 from urllib.parse import SplitResult, urlsplit
 
@@ -214,6 +215,30 @@ def host_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name.lower() for name in names)
 
 
+_TIME_OF_DAY = r"([01][0-9]|2[0-3]):([0-5][0-9])"
+_WINDOW = re.compile(rf"{_TIME_OF_DAY}\s*-\s*{_TIME_OF_DAY}", re.ASCII)
+
+
+def time_windows(windows: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(
+        "-".join(f"{instant:%H:%M}" for instant in time_window(window)) for window in windows
+    )
+
+
+def time_window(text: str) -> tuple[time, time]:
+    """Return when a window such as "22:00-06:00" opens and closes. Raises ValueError."""
+    found = _WINDOW.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(
+            f'{json.dumps(text)} is not a window. Write two times of day, such as "22:00-06:00"'
+        )
+    hour, minute, until_hour, until_minute = map(int, found.groups())
+    opens, closes = time(hour, minute), time(until_hour, until_minute)
+    if opens == closes:
+        raise ValueError(f"{json.dumps(text)} never opens; for the whole day leave windows empty")
+    return opens, closes
+
+
 def web_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(_web_origin(origin) for origin in origins)
 
@@ -268,7 +293,7 @@ def http_proxy(url: ProxyUrl) -> ProxyUrl:
 def socket_path(path: str) -> str:
     if path and not path.startswith("/"):
         raise ValueError('expected a whole path, such as "/run/tranthor-agent/ingest.sock"')
-    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+    if len(fsencode(path)) > _SOCKET_PATH_BYTES:
         raise ValueError(f"the path of a socket has at most {_SOCKET_PATH_BYTES} bytes: shorten it")
     return path
 

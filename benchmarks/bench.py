@@ -118,7 +118,12 @@ class Bench:
 
     @contextmanager
     def agent(
-        self, *, upstream_port: int | None = None, backlog: int = 0, beside_dead: bool = False
+        self,
+        *,
+        upstream_port: int | None = None,
+        backlog: int = 0,
+        mode: str = "track",
+        beside_dead: bool = False,
     ) -> Iterator[Agent]:
         """Run an agent on an outbox of its own while the block runs.
 
@@ -127,17 +132,22 @@ class Bench:
         """
         with (
             self.outbox(backlog, beside_dead=beside_dead) as outbox,
-            self.agent_on(outbox, upstream_port, beside_dead=beside_dead) as agent,
+            self.agent_on(outbox, upstream_port, mode, beside_dead=beside_dead) as agent,
         ):
             yield agent
 
     @contextmanager
     def agent_on(
-        self, outbox: Path, upstream_port: int | None = None, *, beside_dead: bool = False
+        self,
+        outbox: Path,
+        upstream_port: int | None = None,
+        mode: str = "track",
+        *,
+        beside_dead: bool = False,
     ) -> Iterator[Agent]:
         """The same on an *outbox* that is there already, or will be when the agent makes it."""
         port = free_port() if upstream_port is None else upstream_port
-        with running(outbox, upstream_port=port, beside_dead=beside_dead) as agent:
+        with running(outbox, upstream_port=port, mode=mode, beside_dead=beside_dead) as agent:
             yield agent
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The figures, B1 to B8 and B10: what is run against what. Each returns the rows of its own."""
+"""The figures, B1 to B10: what is run against what. Each returns the rows of its own."""
 
 from __future__ import annotations
 
@@ -256,6 +256,33 @@ def b8(bench: Bench) -> list[Row]:
     ]
 
 
+def b9(bench: Bench) -> list[Row]:
+    """A backlog, drained in batches, against the same one event a request, and a bare client."""
+    count = bench.scale.drained_events
+
+    def bare() -> Pace:
+        with upstream() as server:
+            cpu_s = references.post_batches(server.port, count, bench.seed)
+            return Pace(server.drain_rate(count), cpu_s / count)
+
+    def both() -> tuple[Pace, Pace]:
+        return drain(bench, count), bare()
+
+    ours, theirs = bench.side_by_side("B9", lambda: drain(bench, count, "batch"), both)
+    single, prebuilt = [pair[0] for pair in theirs], [pair[1] for pair in theirs]
+    return [
+        _rate("B9", "drain in batches / one event a request", _rates(ours), _rates(single), 8),
+        Row(
+            figure="B9",
+            subject="drain in batches / bare client posting prebuilt ones",
+            unit="/s",
+            agent=_rates(ours),
+            reference=_rates(prebuilt),
+        ),
+        _cpu("B9", ours, single),
+    ]
+
+
 def b10(bench: Bench) -> list[Row]:
     """A backlog, drained beside one of the same size for an upstream that is dead, against alone."""
     count = bench.scale.drained_events
@@ -275,6 +302,7 @@ FIGURES: Mapping[str, Callable[[Bench], list[Row]]] = {
     "B6": b6,
     "B7": b7,
     "B8": b8,
+    "B9": b9,
     "B10": b10,
 }
 

@@ -93,7 +93,9 @@ def serving(module: str, *arguments: object) -> Iterator[Server]:
 class Agent:
     """One process of the real daemon, of a configuration as an operator would write it."""
 
-    def __init__(self, outbox: Path, *, upstream_port: int, beside_dead: bool = False) -> None:
+    def __init__(
+        self, outbox: Path, *, upstream_port: int, mode: str = "track", beside_dead: bool = False
+    ) -> None:
         """*beside_dead*: there is one more upstream, `DEAD`, where nobody listens."""
         self.port = free_port()
         self.outbox = outbox
@@ -104,8 +106,8 @@ class Agent:
         self._config.write_text(
             f"[ingest]\nport = {self.port}\n"
             f'[outbox]\npath = "{outbox}"\nmax_size = "64GiB"\n'
-            f"[upstream]\n{_upstream(upstream_port)}"
-            + (f"[upstreams.{DEAD}]\n{_upstream(free_port())}" if beside_dead else "")
+            f"[upstream]\n{_upstream(upstream_port, mode)}"
+            + (f"[upstreams.{DEAD}]\n{_upstream(free_port(), mode)}" if beside_dead else "")
         )
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -194,9 +196,11 @@ class Agent:
 
 
 @contextmanager
-def running(outbox: Path, *, upstream_port: int, beside_dead: bool = False) -> Iterator[Agent]:
+def running(
+    outbox: Path, *, upstream_port: int, mode: str = "track", beside_dead: bool = False
+) -> Iterator[Agent]:
     """Run an agent on *outbox* while the block runs, and stop it in order; a failed block kills it."""
-    agent = Agent(outbox, upstream_port=upstream_port, beside_dead=beside_dead)
+    agent = Agent(outbox, upstream_port=upstream_port, mode=mode, beside_dead=beside_dead)
     agent.start()
     try:
         yield agent
@@ -206,8 +210,8 @@ def running(outbox: Path, *, upstream_port: int, beside_dead: bool = False) -> I
         agent.kill()
 
 
-def _upstream(port: int) -> str:
-    return f'url = "http://127.0.0.1:{port}"\nwrite_key = "benchmark-key"\n'
+def _upstream(port: int, mode: str) -> str:
+    return f'url = "http://127.0.0.1:{port}"\nwrite_key = "benchmark-key"\nmode = "{mode}"\n'
 
 
 def get(port: int, path: str) -> bytes:

@@ -2,6 +2,7 @@
 
     app          a bare aiohttp application that reads the body and answers 204     (B1)
     client       a bare aiohttp client loop that posts the same events              (B3)
+    batches      the same loop with bodies of many events, built before             (B9)
     executemany  the rows of an outbox, written again by one thread in large groups (B2)
     commits      the same rows, one event a commit, at a steady rate                (B5)
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import socket
 import sqlite3
 import sys
@@ -35,6 +37,9 @@ ROWS_A_TRANSACTION = 1_000
 CONCURRENCY = 8
 """Requests under way at once: the default of forward.concurrency."""
 
+BATCH_EVENTS = 200
+"""Events of a request: the default of forward.batch_events."""
+
 _Table = tuple[str, list[tuple[object, ...]]]
 """An INSERT and its rows, in order of acceptance."""
 
@@ -50,6 +55,15 @@ def post_all(port: int, count: int, seed: int) -> float:
     """Post the *count* events of *seed* with the bare client; return its processor seconds."""
     return ask(
         *("benchmarks.references", "client", port, count, seed),
+        result=float,
+        timeout_s=60 + count / 100,
+    )
+
+
+def post_batches(port: int, count: int, seed: int) -> float:
+    """Post the same events in batches of `BATCH_EVENTS`; return the client's processor seconds."""
+    return ask(
+        *("benchmarks.references", "batches", port, count, seed),
         result=float,
         timeout_s=60 + count / 100,
     )
@@ -92,13 +106,25 @@ async def _serve_app() -> None:
 
 
 async def _post_all(port: int, count: int, seed: int) -> float:
-    url = f"http://127.0.0.1:{port}/api/public/apps/track"
+    return await _post(port, "track", list(events.bodies(count, seed)))
+
+
+async def _post_batches(port: int, count: int, seed: int) -> float:
+    items = [{"type": "track", **json.loads(body)} for body in events.bodies(count, seed)]
+    bodies = [
+        json.dumps({"batch": items[first : first + BATCH_EVENTS]}, separators=(",", ":")).encode()
+        for first in range(0, count, BATCH_EVENTS)
+    ]
+    return await _post(port, "batch", bodies)
+
+
+async def _post(port: int, endpoint: str, bodies: list[bytes]) -> float:
+    url = f"http://127.0.0.1:{port}/api/public/apps/{endpoint}"
     headers = {
         "Authorization": "Bearer benchmark-key",
         "PublicWriteKey": "benchmark-key",
         "Content-Type": "application/json",
     }
-    bodies = list(events.bodies(count, seed))
     waiting = iter(bodies)
     gc.collect()
     gc.freeze()
@@ -196,6 +222,8 @@ def _main(reference: str, *arguments: str) -> None:
             uvloop.run(_serve_app())
         case "client", (port, count, seed):
             say_result(uvloop.run(_post_all(int(port), int(count), int(seed))))
+        case "batches", (port, count, seed):
+            say_result(uvloop.run(_post_batches(int(port), int(count), int(seed))))
         case "executemany", (like, outbox, count):
             say_result(_executemany(Path(like), Path(outbox), int(count)))
         case "commits", (like, outbox, count, rate, seconds):

@@ -47,14 +47,16 @@ def ingest(bench: Bench, agent: Agent) -> Ingested:
     return Ingested(seen, Pace(seen.rate, cpu_s / seen.answered))
 
 
-def drain(bench: Bench, count: int, *, beside_dead: bool = False) -> Pace:
+def drain(bench: Bench, count: int, mode: str = "track", *, beside_dead: bool = False) -> Pace:
     """Drain a backlog of *count* events; each must arrive once.
 
     *beside_dead*: each waits for an upstream that never answers, too, in turn with the others.
     """
     with (
         upstream() as server,
-        bench.agent(upstream_port=server.port, backlog=count, beside_dead=beside_dead) as agent,
+        bench.agent(
+            upstream_port=server.port, backlog=count, mode=mode, beside_dead=beside_dead
+        ) as agent,
     ):
         before_s = machine.cpu_s(agent.pid)
         rate = server.drain_rate(count)

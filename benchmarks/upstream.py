@@ -1,7 +1,7 @@
 """A stand-in for the upstream that costs as little as it can: it counts events and answers 204.
 
 It answers as the contract has it (`agent.console.sandbox_contract`): 204 without a body to a POST
-of one event to /track. It stores nothing and checks nothing: it must not be what limits a drain.
+of one event to /track, or of many to /batch. It stores nothing and checks nothing: it must not be what limits a drain.
 Run as `python -m benchmarks.upstream`; `Arrivals` asks it over the same port.
 """
 
@@ -24,6 +24,9 @@ from benchmarks.processes import FigureError, get, say_result, serving
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _HEAD_END = b"\r\n\r\n"
 _TRACK = b"POST /api/public/apps/track HTTP/1.1\r\n"
+_BATCH = b"POST /api/public/apps/batch HTTP/1.1\r\n"
+_ITEM = b'{"type":'
+"""What each item of a batch begins with; the events of the benchmarks hold no such thing inside."""
 _ASKED = re.compile(rb"GET /arrivals/(\d+) ")
 
 _ACCEPTED = b"HTTP/1.1 204 No Content\r\n\r\n"
@@ -83,12 +86,15 @@ class _Connection(asyncio.Protocol):
             whole = end + len(_HEAD_END) + (int(length[1]) if length else 0)
             if len(self._buffer) < whole:
                 return
-            self._buffer = self._buffer[whole:]
-            self._transport.write(self._answer(head))
+            body, self._buffer = self._buffer[end:whole], self._buffer[whole:]
+            self._transport.write(self._answer(head, body))
 
-    def _answer(self, head: bytes) -> bytes:
+    def _answer(self, head: bytes, body: bytes) -> bytes:
         if head.startswith(_TRACK):
             self._arrivals_s.append(time.monotonic())
+            return _ACCEPTED
+        if head.startswith(_BATCH):
+            self._arrivals_s.extend([time.monotonic()] * body.count(_ITEM))
             return _ACCEPTED
         asked = _ASKED.match(head)
         if asked is None:

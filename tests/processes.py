@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 
 DEADLINE_S = 30.0
 """For anything waited for; generous, for a busy machine. Nothing is asserted about time."""
@@ -121,7 +123,11 @@ class AgentProcess:
 
     async def post(self, body: dict[str, Any]) -> int:
         """Post one track event as an app would; return the status."""
-        async with self._session.post(f"{self.url}/api/public/apps/track", json=body) as response:
+        async with self._session.post(
+            f"{self.url}/api/public/apps/track",
+            data=io.BytesIO(msgspec.json.encode(body)),
+            headers={"Content-Type": "application/json"},
+        ) as response:
             await response.read()
             return response.status
 

@@ -215,7 +215,7 @@ def test_a_watched_status_ends_quietly_with_ctrl_c(config: Path, outbox: Path) -
 def _status(**changes: Any) -> Status:
     known: dict[str, Any] = dict.fromkeys(
         ("accepted", "delivered", "pending", "dead", "discarded", "evicted", "duplicates",
-         "conflicts", "in_flight", "parked_users", "ambiguous"), 0
+         "conflicts", "in_flight", "limit", "parked_users", "ambiguous"), 0
     )  # fmt: skip
     known |= dict.fromkeys(
         ("oldest_pending_age_s", "next_attempt_in_s", "last_error", "last_error_age_s", "salvage")

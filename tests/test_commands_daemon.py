@@ -231,3 +231,18 @@ async def test_run_on_a_taken_port_ends_with_one_line(
     assert len(told) == 1
     assert f"127.0.0.1:{agent_process.port}: already in use" in told[0]
     assert "Traceback" not in ended.stderr
+
+
+async def test_the_events_are_listed_over_http_page_by_page(agent_process: AgentProcess) -> None:
+    for number in range(3):
+        await agent_process.post(event(f"page-{number}"))
+    await agent_process.until(lambda now: bool(now["delivered"] == 3))
+    first = await agent_process.ask("GET", "events?state=delivered&limit=2")
+    assert [each["messageId"] for each in first["events"]] == ["page-0", "page-1"]
+    second = await agent_process.ask(
+        "GET", f"events?state=delivered&limit=2&after={first['nextAfter']}"
+    )
+    assert [each["messageId"] for each in second["events"]] == ["page-2"]
+    assert second["nextAfter"] is None
+    refused = await agent_process.ask("GET", f"events?after={2**63}")
+    assert refused["statusCode"] == 400

@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ import uvloop
 from structlog.testing import capture_logs
 
 from agent.errors import AgentError
-from agent.exchange import STORED, Answer, Handler, Later, Reply, Request
+from agent.exchange import STORED, Answer, Request
 from agent.ingest.connection import Connection, Deadlines, Shared
 from agent.ingest.guard import Guard
+from agent.ingest.reply import Handler, Later, Reply
 from agent.ingest.server import serving
 from agent.ingest.wire import STORED_PLAIN
 
@@ -121,10 +123,10 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def site(handler: Handler) -> AsyncIterator[Site]:
+async def site(handler: Handler, guard: Guard = GUARD) -> AsyncIterator[Site]:
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as tasks:
-        shared = Shared(guard=GUARD, handler=handler, deadlines=Deadlines(), tasks=tasks, loop=loop)
+        shared = Shared(guard=guard, handler=handler, deadlines=Deadlines(), tasks=tasks, loop=loop)
         server = await loop.create_server(lambda: Watched(shared), "127.0.0.1", 0)
         try:
             yield Site(shared, server.sockets[0].getsockname()[1])
@@ -324,7 +326,12 @@ async def test_a_client_that_leaves_before_its_answer_troubles_nobody() -> None:
     assert logs == []
 
 
-@pytest.mark.parametrize("way", ["at once", "later", "in a task"])
+class BrokenGuard(Guard):
+    def judge(self, headers: object, path: str) -> Answer | None:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("way", ["while it is read", "at once", "later", "in a task"])
 async def test_a_bug_is_a_500_and_logged_once_without_the_request(way: str) -> None:
     async def fail() -> Answer:
         raise ZeroDivisionError
@@ -338,8 +345,9 @@ async def test_a_bug_is_a_500_and_logged_once_without_the_request(way: str) -> N
         future.set_exception(ZeroDivisionError())
         return Later(future, asyncio.Future.result)
 
+    guard = BrokenGuard(**asdict(GUARD)) if way == "while it is read" else GUARD
     with capture_logs() as logs:
-        async with site(handle) as here, here.connected() as (reader, writer):
+        async with site(handle, guard) as here, here.connected() as (reader, writer):
             writer.write(post(b"secret", "X: secret", "Connection: close"))
             answered = await reader.read()
     assert answered.startswith(b"HTTP/1.1 500 ")

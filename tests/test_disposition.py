@@ -6,13 +6,16 @@ import json
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
+from agent.forward.claims import Claim
 from agent.forward.disposition import (
     RETRY_AFTER_MAX_S,
+    SPLIT_AFTER,
     Delivered,
     Failed,
     GiveUp,
@@ -21,12 +24,15 @@ from agent.forward.disposition import (
     Record,
     Rejected,
     Response,
+    Split,
     Unavailable,
+    Verdict,
     classify,
+    may_be_stored,
     retry_after_s,
-    settlement,
+    verdict,
 )
-from agent.outbox.records import Ack, Bury, Head, Retry
+from agent.outbox.records import Ack, Bury, Head, Retry, Settlement
 
 NOW = datetime(2026, 11, 23, 10, 0, 0, tzinfo=UTC)
 NOW_MS = int(NOW.timestamp() * 1000)
@@ -186,7 +192,6 @@ def test_a_busy_or_unreachable_upstream_is_waited_for(status: int, body: bytes) 
     found = outcome(status, body, Retry_After="17")
     assert isinstance(found, Unavailable)
     assert found.retry_after_s == 17
-    assert not found.ambiguous
     assert str(status) in found.why
 
 
@@ -325,8 +330,21 @@ def head(attempts: int = 0, failing_for_s: float | None = None) -> Head:
         kind="track",
         attempts=attempts,
         failing_since_ms=None if failing_for_s is None else NOW_MS - int(failing_for_s * 1000),
+        body_bytes=2,
         body=b"{}",
     )
+
+
+def settlement(
+    event: Head, outcome: Outcome, fared: Record, *, now_ms: int, give_up: GiveUp
+) -> Settlement | None:
+    """Return the verdict on an event that was sent alone."""
+    found = verdict(Claim.of([event]), outcome, fared, now_ms=now_ms, give_up=give_up)
+    if found is None:
+        return None
+    assert isinstance(found, tuple)
+    (change,) = found
+    return change
 
 
 @pytest.mark.parametrize("proven", [True, False])
@@ -424,3 +442,90 @@ def test_a_redirect_is_told_in_words_that_can_be_printed_and_sent() -> None:
     assert isinstance(found, Misconfigured)
     assert found.why.isprintable()
     assert found.why.encode()
+
+
+# --- what becomes of a batch -------------------------------------------------------------------------
+
+
+def batch(events: int = 3) -> Claim:
+    return Claim.of([msgspec.structs.replace(head(), seq=seq) for seq in range(1, events + 1)])
+
+
+def verdict_on_batch(met: Outcome, *, strikes: int = 0, proven: bool = True) -> Verdict:
+    fared = record(proven, strikes=strikes, for_s=10**9)
+    return verdict(batch(), met, fared, now_ms=NOW_MS, give_up=GIVE_UP)
+
+
+def test_a_delivered_batch_is_acknowledged_whole() -> None:
+    assert verdict_on_batch(Delivered()) == (Ack(1), Ack(2), Ack(3))
+
+
+@pytest.mark.parametrize("status", [400, 413, 415, 422])
+def test_a_refused_batch_is_split_and_no_event_is_buried_for_another(status: int) -> None:
+    assert verdict_on_batch(Rejected(status, "no")) == Split(None)
+
+
+def test_the_event_that_the_upstream_names_is_where_a_batch_is_split() -> None:
+    answer = api_error(400, "body/batch/2 must have required property 'event'")
+    assert verdict_on_batch(outcome(400, answer)) == Split(2)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [Failed(500, "boom"), Unavailable(why="cut", ambiguous=True), Misconfigured("403")],
+)
+def test_a_batch_that_fails_is_sent_again_as_it_was_until_others_pass_and_it_does_not(
+    failure: Outcome,
+) -> None:
+    assert verdict_on_batch(failure, strikes=0) is None
+    assert verdict_on_batch(failure, strikes=SPLIT_AFTER - 2) is None
+    assert verdict_on_batch(failure, strikes=SPLIT_AFTER - 1) == Split(None)
+
+
+@pytest.mark.parametrize("failure", [Unavailable(why="cut"), Misconfigured("401")])
+def test_an_outage_never_splits_a_batch(failure: Outcome) -> None:
+    assert verdict_on_batch(failure, strikes=10**6, proven=False) is None
+
+
+def test_a_batch_that_alone_keeps_breaking_the_upstream_is_split_in_the_end() -> None:
+    failed = Failed(500, "boom")
+    assert verdict_on_batch(failed, strikes=2 * SPLIT_AFTER - 2, proven=False) is None
+    assert verdict_on_batch(failed, strikes=2 * SPLIT_AFTER - 1, proven=False) == Split(None)
+
+
+@pytest.mark.parametrize(
+    ("met", "alone", "together"),
+    [
+        (Delivered(), False, False),
+        (Rejected(400, "no"), False, False),
+        (Failed(500, "boom"), False, True),
+        (Unavailable(why="refused"), False, False),
+        (Unavailable(why="cut", ambiguous=True), True, True),
+        (Misconfigured("401"), False, False),
+    ],
+)
+def test_what_may_be_stored_without_an_answer_is_known(
+    met: Outcome, alone: bool, together: bool
+) -> None:
+    assert may_be_stored(batch(1), met) is alone
+    assert may_be_stored(batch(3), met) is together
+
+
+@pytest.mark.parametrize(
+    ("status", "ambiguous", "too_much"),
+    [
+        (429, False, True),
+        (503, False, True),
+        (502, True, False),
+        (504, True, False),
+        (524, True, False),
+        (521, False, False),
+        (408, False, False),
+    ],
+)
+def test_a_proxys_answer_tells_whether_the_request_went_through_and_whether_it_is_too_much(
+    status: int, ambiguous: bool, too_much: bool
+) -> None:
+    met = outcome(status)
+    assert isinstance(met, Unavailable)
+    assert (met.ambiguous, met.too_much) == (ambiguous, too_much)

@@ -47,8 +47,8 @@ backoff_max = "400ms"
 """
 
 
-def upstream(url: str) -> str:
-    return f'url = "{url}"\nwrite_key = "{DEFAULT_WRITE_KEY}"\ntimeout = "1s"'
+def upstream(url: str, mode: str) -> str:
+    return f'url = "{url}"\nwrite_key = "{DEFAULT_WRITE_KEY}"\ntimeout = "1s"\nmode = "{mode}"'
 
 
 class Progress:
@@ -116,7 +116,10 @@ async def kill_now_and_then(agent: AgentProcess, progress: Progress) -> None:
 
 
 @pytest.mark.process
-async def test_every_acknowledged_event_arrives_unchanged_and_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["track", "batch"])
+async def test_every_acknowledged_event_arrives_unchanged_and_in_order(
+    tmp_path: Path, mode: str
+) -> None:
     sandbox = Sandbox(DEFAULT_WRITE_KEY)
     # All events of a user come from one client, so that the order of acceptance is known.
     numbers_by_app = [
@@ -124,7 +127,7 @@ async def test_every_acknowledged_event_arrives_unchanged_and_in_order(tmp_path:
     ]
     async with (
         sandbox.serving() as url,
-        running_agent(tmp_path, upstream=upstream(url), forward=FORWARD) as agent,
+        running_agent(tmp_path, upstream=upstream(url, mode), forward=FORWARD) as agent,
     ):
         progress, stop = Progress(), asyncio.Event()
         async with asyncio.TaskGroup() as world:

@@ -22,12 +22,14 @@ from structlog.testing import capture_logs
 
 from agent.errors import AgentError
 from agent.event import parse_track
-from agent.exchange import Answer, Handler, Reply, Request
+from agent.exchange import Answer, Request
 from agent.ingest.guard import Guard
+from agent.ingest.reply import Handler, Reply
 from agent.ingest.routes import Routes
 from agent.ingest.server import serving
+from agent.outbox.intake import QUEUE_EVENTS
 from agent.outbox.store import Store
-from agent.outbox.writer import QUEUE_EVENTS, Policy, Writer, open_writer
+from agent.outbox.writer import Policy, Writer, open_writer
 
 TRACK = "/api/public/apps/track"
 LIMIT_BYTES = 200_000

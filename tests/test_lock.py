@@ -13,7 +13,7 @@ import pytest
 
 from agent.clock import SystemClock
 from agent.errors import OutboxLockedError
-from agent.outbox import lock
+from agent.outbox import files, lock
 from agent.outbox.reader import open_reader
 from agent.outbox.writer import Policy, open_writer
 
@@ -81,7 +81,7 @@ async def test_the_lock_is_free_once_its_owner_is_killed(outbox: Path) -> None:
         owner.wait(10)
 
         async with asyncio.timeout(5), open_writer(outbox, POLICY, SystemClock()):
-            owner_now = lock.lock_path(outbox).read_text().splitlines()[0]
+            owner_now = files.lock_of(outbox).read_text().splitlines()[0]
             assert owner_now == str(os.getpid())
 
 
@@ -111,13 +111,13 @@ def test_shared_leaves_no_lock_file_where_no_writer_ever_was(outbox: Path) -> No
 
 
 def test_readers_do_not_exclude_each_other(outbox: Path) -> None:
-    lock.lock_path(outbox).touch()
+    files.lock_of(outbox).touch()
     with lock.shared(outbox) as first, lock.shared(outbox) as second:
         assert (first, second) == (True, True)
 
 
 async def test_a_short_reader_only_delays_a_writer(outbox: Path) -> None:
-    lock.lock_path(outbox).touch()
+    files.lock_of(outbox).touch()
 
     async def own() -> None:
         async with lock.exclusive(outbox):

@@ -38,10 +38,11 @@ from agent.errors import (
 )
 from agent.event import Event
 from agent.outbox import schema
+from agent.outbox.intake import QUEUE_BYTES, QUEUE_EVENTS
 from agent.outbox.reader import Reader, open_own_reader, open_reader
 from agent.outbox.records import Ack, Appended, Bury, Ledger, Selection
 from agent.outbox.store import Store
-from agent.outbox.writer import QUEUE_BYTES, QUEUE_EVENTS, Policy, Writer, open_writer
+from agent.outbox.writer import Policy, Writer, open_writer
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 10.0

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from agent.clock import SystemClock
 from agent.event import Event
@@ -22,6 +27,7 @@ from agent.outbox.writer import Policy, Writer, open_writer
 POLICY = Policy(max_bytes=1 << 30, evicts=False, remember=True)
 
 LIMIT_S = 30.0
+PAGE_BYTES = 2048
 
 
 @pytest.fixture
@@ -73,6 +79,20 @@ async def states(path: Path, reader: Reader) -> dict[str, str]:
         return dict(db.execute("SELECT message_id, state FROM event ORDER BY seq"))
 
 
+def pages_of(path: Path) -> tuple[int, int]:
+    """Return how many pages there are, and at which all reading of what is pending begins."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        ((count,),) = db.execute("PRAGMA page_count")
+        ((root,),) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'pending'")
+    return count, root
+
+
+def spoil(path: Path, page: int) -> None:
+    with path.open("r+b") as file:
+        file.seek((page - 1) * PAGE_BYTES)
+        file.write(bytes([0xFF]) * PAGE_BYTES)
+
+
 async def test_all_comes_back_from_a_database_that_only_seemed_damaged(outbox: Path) -> None:
     async with opened(outbox) as (writer, reader):
         await writer.append([event(name) for name in "abc"])
@@ -93,6 +113,58 @@ async def test_all_comes_back_from_a_database_that_only_seemed_damaged(outbox: P
             "c",
             "d",
         ]
+
+
+async def test_what_was_salvaged_is_said_with_how_much_was_damaged(outbox: Path) -> None:
+    async with opened(outbox) as (writer, _):
+        await writer.append([event(f"m{i}") for i in range(100)])
+    pages, root = pages_of(outbox)
+    spoil(outbox, root)
+    with capture_logs() as logs:
+        async with opened(outbox) as (writer, _):
+            await until_salvaged(writer)
+
+    (line,) = [line for line in logs if line["event"] == "outbox.salvaged"]
+    assert (line["pages"], line["pages_damaged"]) == (pages, 1)
+    assert line["pending"] + line["lost"] == 100
+
+
+async def test_the_log_of_a_killed_agent_is_looked_through_beside_the_event_loop(
+    outbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = outbox.with_name("killed.db")
+    async with opened(outbox) as (writer, _):
+        await writer.append([event("a")])
+        for suffix in ("", "-wal"):
+            shutil.copy(outbox.with_name(f"outbox.db{suffix}"), f"{killed}{suffix}")
+    readers: list[threading.Thread] = []
+    plain_open = os.open
+
+    def open_and_note(path: Any, *how: Any, **where: Any) -> int:
+        if str(path) == f"{killed}-wal":
+            readers.append(threading.current_thread())
+        return plain_open(path, *how, **where)
+
+    monkeypatch.setattr(os, "open", open_and_note)
+    async with opened(killed) as (_, reader):
+        assert (await reader.ledger()).pending == 1
+    assert readers
+    assert threading.main_thread() not in readers
+
+
+async def test_damage_that_is_met_when_reopening_holds_delivery_before_anything_is_moved(
+    outbox: Path,
+) -> None:
+    async with opened(outbox) as (writer, _):
+        await writer.append([event(f"m{i}") for i in range(100)])
+    _, root = pages_of(outbox)
+    async with opened(outbox) as (writer, _):
+        spoil(outbox, root)
+        writer._break("as a test has it")
+        while not aside.count_sets(outbox):  # noqa: ASYNC110  # the writer tells nobody
+            await asyncio.sleep(0)
+        assert writer.rescuing
+        await until_salvaged(writer)
 
 
 async def test_what_was_delivered_since_is_not_brought_back_by_a_second_damage(

@@ -22,7 +22,7 @@ from faults.verdict import Extents, Spared, extents_of, judge
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.event import parse_track
+from agent.event import parse_track, proof_of
 from agent.outbox.salvage import (
     Report,
     Survivor,
@@ -265,8 +265,8 @@ def test_a_seq_out_of_order_is_damage() -> None:
 def test_a_body_is_proven_by_the_digest_that_it_was_accepted_with(stamp: dict[str, str]) -> None:
     fields = {"messageId": "m", "event": "e", "userId": "u", **stamp}
     event = parse_track(json.dumps(fields).encode(), received_ms=1_800_000_000_000)
-    assert rows.digest_of(event.body, {event.digest, b"another"}) == event.digest
-    assert rows.digest_of(event.body.replace(b"u", b"v"), {event.digest}) is None
+    assert proof_of(event.body, {event.digest, b"another"}) == event.digest
+    assert proof_of(event.body.replace(b"u", b"v"), {event.digest}) is None
     assert rows.message_id_in(event.body) == "m"
 
 

@@ -29,9 +29,10 @@ from agent.config import effective, load
 from agent.console.sandbox import Sandbox
 from agent.errors import ConfigError, OutboxFullError
 from agent.event import Event, parse_track
-from agent.exchange import Answer, Later, Request
+from agent.exchange import Answer, Request
 from agent.ingest.destinations import Destinations
 from agent.ingest.guard import Guard
+from agent.ingest.reply import Later
 from agent.ingest.routes import Mount, Routes
 from agent.keys import example
 from agent.outbox import reader as reading
@@ -180,7 +181,7 @@ async def test_what_waits_for_each_is_known_without_counting_it(tmp_path: Path) 
             [event(f"{name}-{n}", name) for name in ("crm", "shop") for n in range(5)]
         )
         await writer.append([event("mine")])
-        assert writer.waiting == {"crm": 5, "shop": 5} == await reader.waiting()
+        assert writer.waiting == {"crm": 5, "shop": 5} == await reader.counts()
 
         def fail(store: Store) -> None:
             store.append([event("lost", "crm")])
@@ -197,7 +198,7 @@ async def test_what_waits_for_each_is_known_without_counting_it(tmp_path: Path) 
         with pytest.raises(OutboxFullError):
             await writer.perform(fail)
         await writer.append([event("more")])
-        assert writer.waiting == {"crm": 2, "shop": 5} == await reader.waiting()
+        assert writer.waiting == {"crm": 2, "shop": 5} == await reader.counts()
 
 
 async def test_a_dead_letter_goes_back_to_its_own_upstream(tmp_path: Path) -> None:

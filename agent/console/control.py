@@ -45,7 +45,7 @@ class _EventsQuery(Selection, frozen=True, kw_only=True):
     """The query of GET events. *after* is the seq that the page before ended with."""
 
     state: State = "pending"
-    after: Annotated[int, msgspec.Meta(ge=0, lt=2**63)] = 0
+    after: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     limit: Annotated[int, msgspec.Meta(ge=1, le=_EVENTS_LIMIT)] = 50
 
 

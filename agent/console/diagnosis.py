@@ -56,7 +56,7 @@ def level(state: State) -> Level:
     match state:
         case "flowing":
             return Level.GOOD
-        case "backing_off":
+        case "backing_off" | "waiting":
             return Level.PASSING
         case _:
             return Level.GRAVE
@@ -104,6 +104,8 @@ def _sending(status: Status, program: str) -> Finding:
     match status.state:
         case "flowing":
             return Finding(Level.GOOD, f"flowing: {reason}" if reason else "flowing")
+        case "waiting":
+            return Finding(Level.PASSING, f"waiting: {reason}", "as configured; nothing to do")
         case "backing_off":
             again = "it tries again by itself"
             if status.next_attempt_in_s is not None:

@@ -307,6 +307,7 @@ def _empty(loaded: Loaded) -> Status:
         last_error=None,
         last_error_age_s=None,
         in_flight=0,
+        limit=0,
         parked_users=0,
         ambiguous=0,
         salvage=None,

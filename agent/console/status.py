@@ -14,11 +14,19 @@ from typing import Literal, Protocol
 import msgspec
 
 from agent import __version__
+from agent.outbox.files import log_of
 from agent.outbox.reader import Reader
 from agent.outbox.records import Ledger, Salvage, label
 
 State = Literal[
-    "flowing", "backing_off", "held", "paused", "unconfigured", "stopped", "unresponsive"
+    "flowing",
+    "waiting",
+    "backing_off",
+    "held",
+    "paused",
+    "unconfigured",
+    "stopped",
+    "unresponsive",
 ]
 """The last two are said by the command alone: no daemon runs; one owns the outbox and is silent."""
 
@@ -29,6 +37,7 @@ _WORST_FIRST: tuple[State, ...] = (
     "unconfigured",
     "paused",
     "backing_off",
+    "waiting",
     "flowing",
 )
 """Of several upstreams, the state of the whole is the first of these that one is in."""
@@ -60,6 +69,7 @@ class UpstreamStatus(msgspec.Struct, frozen=True, kw_only=True):
     last_error: str | None
     last_error_age_s: float | None
     in_flight: int
+    limit: float
     parked_users: int
     ambiguous: int
 
@@ -69,6 +79,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
     Where there are several *upstreams*, *state*, *reason* and *next_attempt_in_s* are those of the one
     that stands worst, the error is the latest, and what is counted is counted for all together.
+
+    *in_flight* counts requests, *limit* how many there may be now (below 1: with rests between).
+    *ambiguous* counts events that were sent again although they may have arrived.
     """
 
     state: State
@@ -86,6 +99,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     last_error: str | None
     last_error_age_s: float | None
     in_flight: int
+    limit: float
     parked_users: int
     ambiguous: int
     salvage: Salvage | None
@@ -132,6 +146,8 @@ class Flow(Protocol):
     @property
     def in_flight(self) -> int: ...
     @property
+    def limit(self) -> float: ...
+    @property
     def parked_users(self) -> int: ...
     @property
     def ambiguous(self) -> int: ...
@@ -161,7 +177,7 @@ async def collect(
     where that is not known.
     """
     ledger = await reader.ledger()
-    waiting = await reader.waiting() if waiting is None else waiting
+    waiting = await reader.counts() if waiting is None else waiting
     each = {
         name: await _one(reader, name, upstreams, ledger, waiting, now_ms=now_ms)
         for name in sorted({*upstreams, *waiting})
@@ -193,13 +209,14 @@ async def collect(
         last_error=latest.last_error,
         last_error_age_s=latest.last_error_age_s,
         in_flight=sum(one.in_flight for one in each.values()),
+        limit=sum(one.limit for one in each.values()),
         parked_users=sum(one.parked_users for one in each.values()),
         ambiguous=sum(one.ambiguous for one in each.values()),
         salvage=await reader.salvage(),
         outbox=OutboxStatus(
             path=str(reader.path),
             bytes=_size(reader.path),
-            wal_bytes=_size(reader.path.with_name(f"{reader.path.name}-wal")),
+            wal_bytes=_size(log_of(reader.path)),
             max_bytes=int(max_bytes),
             full=full,
             fault=fault,
@@ -245,6 +262,7 @@ async def _one(
         last_error=None if flow is None else flow.last_error,
         last_error_age_s=None if flow is None else _age_s(flow.last_error_ms, now_ms),
         in_flight=0 if flow is None else flow.in_flight,
+        limit=0 if flow is None else flow.limit,
         parked_users=0 if flow is None else flow.parked_users,
         ambiguous=0 if flow is None else flow.ambiguous,
     )

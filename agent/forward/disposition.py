@@ -1,6 +1,6 @@
-"""What an answer means, and what becomes of the event. Pure.
+"""What an answer means, and what becomes of the events. Pure.
 
-    Response ──classify──▶ Outcome ──settlement──▶ Ack | Retry | Bury | None (unchanged)
+    Response ──classify──▶ Outcome ──verdict──▶ Ack | Retry | Bury each, Split, None (unchanged)
 
 | the upstream …                                      | Outcome       | event         | link         |
 | --------------------------------------------------- | ------------- | ------------- | ------------ |
@@ -11,6 +11,9 @@
 | 401, 403, 404, 405, 511, 3xx, HTML, anything else   | Misconfigured | unchanged     | held         |
 
 [1] Buried in the end where it meets this event alone, while others are delivered.
+
+What would bury a single event, or may be one event's fault, splits a claim of several until that
+event stands alone. Until then a claim that failed is sent again as it was.
 
 What nobody foresaw is held: that loses nothing and is loud.
 """
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import assert_never
 
+from agent.forward.claims import Claim
 from agent.outbox.records import Ack, Bury, Head, Retry, Settlement
 
 RETRY_AFTER_MAX_S = 3600.0
@@ -35,8 +39,16 @@ _SHORT_ANSWER_BYTES = 256
 _ANSWER_CHARS = 500
 """How much of an answer is kept on a dead letter."""
 
+SPLIT_AFTER = 3
+"""Failures in a row after which a claim is split while others are delivered; twice as many if not."""
+
 _BUSY = frozenset({408, 425, 429, 502, 503, 504})
+_TOO_MUCH = frozenset({429, 503})
 _CLOUDFLARE_ORIGIN_ERRORS = range(520, 528)
+_AFTER_SENDING = frozenset({502, 504, 520, 524})
+"""What a proxy says when it handed the request on, and no answer or an odd one came back."""
+
+_NAMED_ITEM = re.compile(r"\bbody/batch/([0-9]{1,6})\b")
 _NETWORK_LOGIN = 511  # RFC 6585, section 6: never from the origin, always from a network in between
 _EVENT_AT_FAULT = frozenset({400, 415, 422})
 
@@ -57,10 +69,11 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The upstream refuses this event, and would again."""
+    """The upstream refuses this event, and would again. *at*: the one it names in a batch."""
 
     status: int
     answer: str
+    at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +86,15 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unavailable:
-    """Nobody could have delivered anything just now. *ambiguous*: the event may be stored all the same."""
+    """Nobody could have delivered anything just now.
+
+    *ambiguous*: it may be stored all the same; *too_much*: the upstream is there, and overloaded.
+    """
 
     why: str
     retry_after_s: float | None = None
     ambiguous: bool = False
+    too_much: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +135,8 @@ def classify(response: Response, *, now_ms: int) -> Outcome:
         return Unavailable(
             why=f"the upstream answers {status} {answer}".rstrip(),
             retry_after_s=retry_after_s(response.headers.get("Retry-After"), now_ms=now_ms),
+            ambiguous=status in _AFTER_SENDING,
+            too_much=status in _TOO_MUCH,
         )
     if status >= 500 and status != _NETWORK_LOGIN:
         return Failed(status, answer)
@@ -126,15 +145,16 @@ def classify(response: Response, *, now_ms: int) -> Outcome:
     if status in _EVENT_AT_FAULT and not _is_html(response):
         if re.search(r"\bheaders\b.*\bauthorization\b", answer, re.IGNORECASE):
             return Misconfigured(f"{status}: {answer}; the write key is not sent as it must be")
-        return Rejected(status, answer)
+        named = _NAMED_ITEM.search(answer)
+        return Rejected(status, answer, None if named is None else int(named[1]))
     return Misconfigured(_why_held(status, answer.rstrip(".")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """How an event has fared since the agent started: *strikes* in a row over *for_s* seconds.
+    """How a claim has fared since the agent started: *strikes* in a row over *for_s* seconds.
 
-    *proven* says that another event was delivered since it first failed.
+    *proven* says that another one was delivered since it first failed.
     """
 
     strikes: int
@@ -145,13 +165,78 @@ class Record:
 FRESH = Record(strikes=0, for_s=0.0, proven=False)
 
 
-def settlement(
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Send the events of a claim in parts; *at* is the index of the one that was named."""
+
+    at: int | None
+
+
+Verdict = tuple[Settlement, ...] | Split | None
+
+
+def verdict(
+    claim: Claim, outcome: Outcome, record: Record, *, now_ms: int, give_up: GiveUp
+) -> Verdict:
+    """Return what an outcome changes for the events of *claim*; None leaves all as they are."""
+    if isinstance(outcome, Delivered):
+        return tuple(Ack(head.seq) for head in claim.heads)
+    if len(claim.heads) > 1:
+        return _verdict_on_several(outcome, record)
+    change = _verdict_on_one(claim.heads[0], outcome, record, now_ms=now_ms, give_up=give_up)
+    return None if change is None else (change,)
+
+
+def may_be_stored(claim: Claim, outcome: Outcome) -> bool:
+    """Return whether the upstream may have stored events of *claim* without saying so.
+
+    A batch that breaks off with a 5xx may have been stored in part; a single event was not.
+    """
+    match outcome:
+        case Unavailable(ambiguous=ambiguous):
+            return ambiguous
+        case Failed():
+            return len(claim.heads) > 1
+        case _:
+            return False
+
+
+def is_blamed(outcome: Outcome, record: Record, *, probe: bool) -> bool:
+    """Return whether a failure may be the claim's own: then it waits longer each time.
+
+    A failed probe says nothing about what it carried, and what holds the queue nothing at first.
+    """
+    match outcome:
+        case Misconfigured():
+            return record.proven
+        case Unavailable():
+            return record.proven or not probe
+        case _:
+            return True
+
+
+def _verdict_on_several(outcome: Outcome, record: Record) -> Split | None:
+    strikes = record.strikes + 1
+    match outcome:
+        case Rejected(at=at):
+            return Split(at)
+        case Failed():
+            patience = SPLIT_AFTER if record.proven else 2 * SPLIT_AFTER
+            return Split(None) if strikes >= patience else None
+        case Unavailable() | Misconfigured():
+            return Split(None) if record.proven and strikes >= SPLIT_AFTER else None
+        case Delivered():
+            raise AssertionError("delivered is settled before")
+        case _:
+            assert_never(outcome)
+
+
+def _verdict_on_one(
     head: Head, outcome: Outcome, record: Record, *, now_ms: int, give_up: GiveUp
 ) -> Settlement | None:
-    """Return the one change that an outcome makes to its event; None leaves it as it is."""
     match outcome:
         case Delivered():
-            return Ack(head.seq)
+            raise AssertionError("delivered is settled before")
         case Rejected(status, answer):
             return Bury(seq=head.seq, reason="rejected", status=status, answer=answer)
         case Failed(status, answer):

@@ -1,28 +1,33 @@
 """The shell around the decisions: reads the outbox, sends, and records what became of each event.
 
-The dispatcher reads on in the outbox and starts a runner for what lanes and breaker let go; a runner
-sends one event after another as long as they let the next one go, so that while all is well the
-dispatcher need not wake. Nothing waits on a timer while there is nothing to send.
+The dispatcher reads on in the outbox and starts a runner for what lanes, breaker and budget let go;
+a runner sends one claim after another as long as they let the next one go, so that while all is
+well the dispatcher need not wake. Nothing waits on a timer while there is nothing to send.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Literal, assert_never
 
+import msgspec
 import structlog
 
 from agent.clock import Clock
 from agent.errors import OutboxError
+from agent.forward import budget
 from agent.forward.backoff import Backoff
-from agent.forward.breaker import Breaker, HalfOpen, Held, Open, Ticket
+from agent.forward.batch import MAX_BATCH_BYTES, envelope
+from agent.forward.breaker import Breaker, Closed, HalfOpen, Held, Open, Ticket
+from agent.forward.budget import REQUEST_BYTES, Budget, Meter, day_of
+from agent.forward.claims import Claim
 from agent.forward.disposition import (
-    FRESH,
     Delivered,
     Failed,
     GiveUp,
@@ -30,20 +35,29 @@ from agent.forward.disposition import (
     Outcome,
     Record,
     Rejected,
+    Split,
     Unavailable,
-    settlement,
+    is_blamed,
+    may_be_stored,
+    verdict,
 )
-from agent.forward.lanes import PER_LANE, Lanes
-from agent.forward.upstream import Upstream
+from agent.forward.lanes import ITEM_BYTES, ONE, PER_LANE, Fit, Lanes
+from agent.forward.tally import Tally
+from agent.forward.trials import Trials
+from agent.forward.upstream import Endpoint, Upstream
 from agent.outbox.reader import Reader
-from agent.outbox.records import Ack, Bury, Head, Retry, Settlement
+from agent.outbox.records import Ack, Bury, Retry, Settlement
 from agent.outbox.writer import Writer
 
 SCAN = 512
 """Events read from the outbox at once: a few ms of reading, and a 2 MiB answer at most."""
 
-UNSETTLED = 256
-"""Settlements that may wait for their commit. A crash sends so many again, and no more."""
+COUNTED = 8192
+"""Events that are only counted, read at once: some ms, and numbers alone."""
+
+UNSETTLED = 128
+"""Events whose settlement may wait for its commit, or two batches of them: with what is under way
+this is what a kill makes the agent send again."""
 
 BESIDE_INTAKE = 12
 """Attempts and settlements that may be under way while apps wait to be stored: on a small machine
@@ -55,25 +69,43 @@ STOP_S = 4.0
 _READ_AGAIN_S = 1.0
 """How long an outbox that cannot be read is left alone."""
 
+_LOOK_AHEAD_S = 0.2
+"""How often the tail of a backlog is looked at for fresh events."""
+
 log = structlog.get_logger()
 
-FlowState = Literal["flowing", "backing_off", "held", "paused", "unconfigured"]
+FlowState = Literal["flowing", "waiting", "backing_off", "held", "paused", "unconfigured"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How to forward. *ordered* keeps each user's events in order."""
+    """How to forward. *ordered* keeps each user's events in order.
+
+    *batch* is how many events one request may carry; 1: each goes alone, to its own endpoint.
+    *urgent* names the events that *budget* does not keep back.
+    """
 
     concurrency: int
     ordered: bool
     backoff: Backoff
     give_up: GiveUp
     hold_probe_s: float
+    batch: int = 1
+    budget: Budget = field(default_factory=Budget)
+    urgent: tuple[str, ...] = ()
+
+    @property
+    def fit(self) -> Fit:
+        return ONE if self.batch == 1 else Fit(events=self.batch, batch_bytes=MAX_BATCH_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
-    """How forwarding stands, for people. *reason* is empty while all is well."""
+    """How forwarding stands, for people. *reason* is empty while all is well.
+
+    *in_flight* counts requests, *limit* how many there may be now. *ambiguous* counts the events
+    that were sent again although they may have arrived.
+    """
 
     state: FlowState
     reason: str
@@ -81,17 +113,9 @@ class Flow:
     last_error: str | None
     last_error_ms: int | None
     in_flight: int
+    limit: float
     parked_users: int
     ambiguous: int
-
-
-@dataclass(slots=True)
-class _Trial:
-    """An event that failed before: how often in a row, and what had been delivered by then."""
-
-    strikes: int
-    delivered_before: int
-    since_s: float
 
 
 class Forwarder:
@@ -104,6 +128,7 @@ class Forwarder:
         reader: Reader,
         upstream: Upstream | None,
         plan: Plan,
+        tally: Tally,
         clock: Clock,
         rng: random.Random,
         unconfigured: str = "",
@@ -120,6 +145,7 @@ class Forwarder:
         self._reader = reader
         self._upstream = upstream
         self._plan = plan
+        self._tally = tally
         self._clock = clock
         self._rng = rng
         self._unconfigured = unconfigured
@@ -128,18 +154,23 @@ class Forwarder:
         self._breaker = Breaker(
             plan.backoff, ceiling=plan.concurrency, hold_probe_s=plan.hold_probe_s, rng=rng
         )
+        self._meter = Meter(plan.budget)
         self._wake = asyncio.Event()
         self._scan_due = True
+        self._ahead_due = False
+        self._ahead_counted = False
+        self._ahead_at_s = float("-inf")
         self._stopping = False
         self._in_flight = 0
         self._unsettled = 0
-        self._trials: dict[int, _Trial] = {}
-        self._delivered = 0
-        self._ambiguous = 0
+        self._trials = Trials()
         self._withdrawn = 0
         self._stale_upto = 0
         self._stale = False
         """Whether the lanes are of a database that was replaced since."""
+        self._recollected = False
+        self._kept_back: budget.Closed | None = None
+        """What the budget waits for."""
         self._last_error: str | None = None
         self._last_error_ms: int | None = None
 
@@ -173,8 +204,9 @@ class Forwarder:
             last_error=self._last_error,
             last_error_ms=self._last_error_ms,
             in_flight=self._in_flight,
+            limit=self._breaker.limit,
             parked_users=self._lanes.parked,
-            ambiguous=self._ambiguous,
+            ambiguous=self._tally.resent,
         )
 
     def _state(self) -> tuple[FlowState, str]:
@@ -190,8 +222,11 @@ class Forwarder:
             case Held(_, why) | HalfOpen(Held(_, why)):
                 return "held", why
             case _:
-                parked = self._lanes.parked
-                return "flowing", f"{parked} user(s) wait behind a failing event" if parked else ""
+                pass
+        if self._kept_back is not None:
+            return "waiting", self._kept_back.why
+        parked = self._lanes.parked
+        return "flowing", f"{parked} user(s) wait behind a failing event" if parked else ""
 
     # --- the dispatcher ---
 
@@ -221,17 +256,26 @@ class Forwarder:
         while True:
             await appended.wait()
             appended.clear()
-            self._scan_due = True
+            self._scan_due = self._ahead_due = True
             self._wake.set()
 
     async def _fill(self) -> None:
         """Read on in the outbox where the lanes have room; an outbox that fails is left for a while."""
         try:
+            if not self._recollected:
+                self._recollected = True
+                await self._recollect()
             await self._read_on()
         except OutboxError as exc:
             log.error("outbox.read_failed", error=str(exc))
             self._scan_due = True
             await asyncio.sleep(_READ_AGAIN_S)
+
+    async def _recollect(self) -> None:
+        """Forget the doubts about what is delivered by now: it was recorded, and then came the end."""
+        doubtful = self._tally.doubtful
+        pending = await self._reader.still_pending(doubtful)
+        self._tally.clear([seq for seq in doubtful if seq not in pending])
 
     async def _read_on(self) -> None:
         if self._writer.rescuing:  # what comes back is older than what was accepted since
@@ -243,61 +287,110 @@ class Forwarder:
             self._lanes = Lanes(ordered=self._plan.ordered)
             self._trials.clear()
             self._stale, self._scan_due = False, True
-        lanes = self._lanes
+        lanes, urgent = self._lanes, self._plan.urgent
         while (starved := lanes.starved()) is not None:
-            key, last_seq = starved
+            key, after, upto = starved
             scan = await self._reader.lane(
-                key, self._name, after=last_seq, upto=lanes.cursor, limit=PER_LANE
+                key, self._name, after=after, upto=upto, limit=PER_LANE, urgent=urgent
             )
             lanes.read_on(scan.heads, complete=not scan.more, upto=scan.upto)
         if self._scan_due and lanes.room >= SCAN:
             self._scan_due = False
-            scan = await self._reader.scan(self._name, after=lanes.cursor, limit=SCAN)
-            lanes.scanned(scan.heads, upto=scan.upto)
+            scan = await self._reader.scan(
+                self._name, after=lanes.cursor, limit=SCAN, urgent=urgent
+            )
+            lanes.scanned(scan.heads, complete=not scan.more, upto=scan.upto)
             if scan.more:  # there may be more: after what came is on its way
                 self._scan_due = True
                 self._wake.set()
+        elif self._is_ahead_due(self._clock.monotonic_s()):
+            await self._look_ahead()
 
-    def _take(self, now_s: float) -> tuple[Head, Ticket] | None:
-        if self._stopping or self._writer.rescuing or self._stale or self._unsettled >= UNSETTLED:
+    def _is_ahead_due(self, now_s: float) -> bool:
+        """Whether to look behind the backlog for fresh events: only while they could be sent."""
+        flows = isinstance(self._breaker.state, Closed) and not self._paused
+        return self._ahead_due and flows and now_s >= self._ahead_at_s
+
+    async def _look_ahead(self) -> None:
+        """Take in what is fresh at the tail; what came before that was never looked at is counted."""
+        lanes = self._lanes
+        if self._ahead_counted:
+            limit = min(SCAN, lanes.room_ahead)
+            scan = await self._reader.scan(
+                self._name,
+                after=max(lanes.tail, lanes.cursor),
+                limit=limit,
+                urgent=self._plan.urgent,
+            )
+            lanes.noticed(scan.heads, upto=scan.upto)
+            self._ahead_due = scan.more
+        else:
+            glance = await self._reader.waiting(
+                self._name, after=max(lanes.tail, lanes.cursor), limit=COUNTED
+            )
+            lanes.counted(glance.waiting, upto=glance.upto)
+            self._ahead_counted = not glance.more
+        self._ahead_at_s = self._clock.monotonic_s() + _LOOK_AHEAD_S
+        self._wake.set()
+
+    def _take(self, now_s: float) -> tuple[Claim, Ticket] | None:
+        if self._stopping or self._writer.rescuing or self._stale:
             return None
-        due_at_s = self._due_at_s()
-        if due_at_s is None or due_at_s > now_s:
+        if self._unsettled >= max(UNSETTLED, 2 * self._plan.batch):
             return None
         if self._writer.pressed and self._in_flight + self._unsettled >= BESIDE_INTAKE:
             return None  # the next commit changes that
+        due_at_s = self._due_at_s(now_s)
+        if due_at_s is None or due_at_s > now_s:
+            return None
         ticket = self._breaker.admit(now_s, in_flight=self._in_flight)
         if ticket is None:
             return None
-        head = self._lanes.take(now_s)
-        if head is None:
-            raise AssertionError("lanes promised an event and have none")
-        return head, ticket
+        urgent = self._kept_back is not None
+        claim = self._lanes.take(now_s, fit=self._plan.fit, urgent=urgent)
+        if claim is None:
+            self._breaker.cancel(ticket, now_s)
+            return None
+        return claim, ticket
 
-    def _due_at_s(self) -> float | None:
-        """Return from when lanes and breaker let an event go; None: only a change can bring that."""
-        lanes_at_s = self._lanes.next_at_s()
+    def _due_at_s(self, now_s: float) -> float | None:
+        """Return from when an event may go; None: only a change can bring that."""
+        self._kept_back = self._ask_budget(now_s)
+        kept_back = self._kept_back
+        lanes_at_s = self._lanes.next_at_s(urgent=kept_back is not None)
+        if kept_back is not None and lanes_at_s is None and self._lanes.next_at_s() is not None:
+            lanes_at_s = kept_back.until_s
         if self._paused or lanes_at_s is None:
             return None
         opens_at_s = self._breaker.opens_at_s()
         return lanes_at_s if opens_at_s is None else max(lanes_at_s, opens_at_s)
+
+    def _ask_budget(self, now_s: float) -> budget.Closed | None:
+        if self._meter.unlimited:
+            return None
+        local = self._local()
+        return self._meter.closed(now_s, local, today_bytes=self._tally.bytes_of(day_of(local)))
+
+    def _local(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.wall_ms() / 1000, UTC).astimezone()
 
     async def _wait(self, now_s: float) -> None:
         """Wait for a change, or for the instant from which an event may go.
 
         An instant not behind *now_s* is no reason: what then kept `_take` from it ends with a change.
         """
-        due_at_s = self._due_at_s()
-        timed = due_at_s is not None and due_at_s > now_s
+        due_at_s = self._due_at_s(now_s)
+        instants = [due_at_s] if due_at_s is not None else []
+        if self._ahead_due and self._lanes.room < SCAN and self._is_ahead_due(float("inf")):
+            instants.append(self._ahead_at_s)
+        due_at_s = min((at_s for at_s in instants if at_s > now_s), default=None)
         with suppress(TimeoutError):
-            async with asyncio.timeout(
-                due_at_s - now_s if timed and due_at_s is not None else None
-            ):
+            async with asyncio.timeout(None if due_at_s is None else due_at_s - now_s):
                 await self._wake.wait()
 
     # --- an attempt ---
 
-    async def _run_attempts(self, upstream: Upstream, taken: tuple[Head, Ticket] | None) -> None:
+    async def _run_attempts(self, upstream: Upstream, taken: tuple[Claim, Ticket] | None) -> None:
         """Send *taken*, and what may go after it: while all is well no other task need wake."""
         try:
             while taken is not None:
@@ -317,119 +410,140 @@ class Forwarder:
         lanes = self._lanes
         return lanes.starved() is not None or (self._scan_due and lanes.room >= SCAN)
 
-    async def _attempt(self, upstream: Upstream, head: Head, ticket: Ticket) -> None:
+    async def _attempt(self, upstream: Upstream, claim: Claim, ticket: Ticket) -> None:
         try:
-            body = await self._body(head)
-            if body is None and self._writer.rescuing:
-                raise OutboxError("its database is being replaced")  # noqa: TRY301  # as if unreadable
-            if body is None:  # evicted or expired since it was read
-                self._breaker.cancel(ticket, self._clock.monotonic_s())
-                self._finish(head)
-            else:
-                self._conclude(head, ticket, await upstream.send(head.kind, body))
+            bodies = await self._bodies(claim)
         except OutboxError as exc:
             log.error("outbox.read_failed", error=str(exc))
             now_s = self._clock.monotonic_s()
             self._breaker.cancel(ticket, now_s)
-            self._lanes.again(head, until_s=now_s + _READ_AGAIN_S)
+            self._lanes.again(claim, until_s=now_s + _READ_AGAIN_S)
+            return
+        gone = [head for head in claim.heads if head.seq not in bodies]
+        if gone:  # evicted or expired since it was read
+            claim = replace(claim, heads=tuple(h for h in claim.heads if h.seq in bodies))
+            self._tally.clear(head.seq for head in gone)
+            self._lanes.done(gone)
+        if not claim.heads:
+            self._breaker.cancel(ticket, self._clock.monotonic_s())
+            self._trials.over(claim)
+            return
+        endpoint, body = self._request(claim, bodies)
+        self._tally.sending(bodies)
+        outcome = await upstream.send(endpoint, body)
+        self._pay(len(bodies), len(body) + REQUEST_BYTES)
+        self._conclude(claim, ticket, outcome)
 
-    async def _body(self, head: Head) -> bytes | None:
-        """Return what to send; None if the event is not pending any more."""
+    async def _bodies(self, claim: Claim) -> dict[int, bytes]:
+        """Return what to send, by seq; without those that are not pending any more."""
         if self._withdrawn != self._writer.withdrawn:
             # Some went, and they were the oldest: what was read until now is read again.
             self._withdrawn = self._writer.withdrawn
-            self._stale_upto = self._lanes.cursor
-        if head.body is None or head.seq <= self._stale_upto:
-            return await self._reader.body(head.seq)
-        return head.body
+            self._stale_upto = max(self._lanes.cursor, self._lanes.tail)
+        bodies: dict[int, bytes] = {}
+        for head in claim.heads:
+            body = head.body
+            if body is None or head.seq <= self._stale_upto:
+                body = await self._reader.body(head.seq)
+            if body is not None:
+                bodies[head.seq] = body
+            elif self._writer.rescuing:
+                raise OutboxError("its database is being replaced")  # as if unreadable
+        return bodies
 
-    def _record(self, head: Head) -> Record:
-        trial = self._trials.get(head.seq)
-        if trial is None:
-            return FRESH
-        return Record(
-            strikes=trial.strikes,
-            for_s=self._clock.monotonic_s() - trial.since_s,
-            proven=self._delivered > trial.delivered_before,
-        )
+    def _request(self, claim: Claim, bodies: Mapping[int, bytes]) -> tuple[Endpoint, bytes]:
+        """Return where to send what. A single event too large for the envelope goes without one."""
+        first = claim.heads[0]
+        alone = bodies[first.seq]
+        single = self._plan.batch == 1 or len(alone) + ITEM_BYTES > MAX_BATCH_BYTES
+        if len(claim.heads) == 1 and single:
+            return first.kind, alone
+        return "batch", envelope((head.kind, bodies[head.seq]) for head in claim.heads)
 
-    def _conclude(self, head: Head, ticket: Ticket, outcome: Outcome) -> None:
-        """Carry out what the decisions make of *outcome*: for the event, its lane and the link."""
-        now_ms = self._clock.wall_ms()
-        record = self._record(head)
-        change = settlement(head, outcome, record, now_ms=now_ms, give_up=self._plan.give_up)
-        if change is not None:
-            self._unsettled += 1
-            self._writer.settle(change).add_done_callback(partial(self._settled, head, change))
-        self._tell_breaker(ticket, outcome, proven=record.proven)
-        match change:
-            case Ack():
-                self._delivered += 1
-                self._finish(head)
-            case Bury():
-                self._finish(head)
-            case Retry():
-                since_ms = now_ms if head.failing_since_ms is None else head.failing_since_ms
-                self._put_off(
-                    replace(head, attempts=head.attempts + 1, failing_since_ms=since_ms),
-                    outcome,
-                    probe=False,
-                )
-            case None:
-                self._put_off(head, outcome, probe=ticket.probe and not record.proven)
+    def _pay(self, events: int, sent_bytes: int) -> None:
+        if not self._meter.unlimited:
+            self._meter.spend(self._clock.monotonic_s(), events=events, sent_bytes=sent_bytes)
+            self._tally.spend(day_of(self._local()), sent_bytes)
+
+    def _conclude(self, claim: Claim, ticket: Ticket, outcome: Outcome) -> None:
+        """Carry out what the decisions make of *outcome*: for the events, their lanes and the link."""
+        now_s, now_ms = self._clock.monotonic_s(), self._clock.wall_ms()
+        record = self._trials.record(claim, now_s)
+        decided = verdict(claim, outcome, record, now_ms=now_ms, give_up=self._plan.give_up)
+        if not may_be_stored(claim, outcome) and not isinstance(outcome, Delivered):
+            self._tally.clear(head.seq for head in claim.heads)
+        self._tell_breaker(claim, ticket, outcome, now_s, proven=record.proven)
+        if isinstance(decided, tuple):
+            self._settle(claim, decided)
+        match decided:
+            case Split(at):
+                blamed = is_blamed(outcome, record, probe=ticket.probe)
+                self._trials.struck(claim, now_s, counts=blamed, clean=False)
+                self._trials.part(claim, self._lanes.split(claim, at=at))
+            case (Ack() | Bury(), *_):
+                if isinstance(outcome, Delivered):
+                    self._trials.delivered()
+                self._trials.over(claim)
+                self._lanes.done(claim.heads)
+            case (Retry(), *_):
+                self._put_off(_tried(claim, now_ms), outcome, record, now_s, probe=False)
             case _:
-                assert_never(change)
+                self._put_off(claim, outcome, record, now_s, probe=ticket.probe)
 
-    def _settled(self, head: Head, change: Settlement, done: asyncio.Future[None]) -> None:
-        self._unsettled -= 1
+    def _settle(self, claim: Claim, changes: tuple[Settlement, ...]) -> None:
+        self._unsettled += len(changes)
+        done = self._writer.settle(*changes)
+        done.add_done_callback(partial(self._settled, claim, changes))
+
+    def _settled(
+        self, claim: Claim, changes: tuple[Settlement, ...], done: asyncio.Future[None]
+    ) -> None:
+        self._unsettled -= len(changes)
         self._wake.set()
-        if isinstance(change, Bury) and not done.cancelled():
-            # Without the answer, which may quote what the app sent: `show` has it.
-            self._log.error(
-                "event.dead_lettered",
-                message_id=head.message_id,
-                reason=change.reason,
-                status=change.status,
-            )
-
-    def _finish(self, head: Head) -> None:
-        self._trials.pop(head.seq, None)
-        self._lanes.done(head)
-
-    def _put_off(self, head: Head, outcome: Outcome, *, probe: bool) -> None:
-        """Let other lanes go first; an event whose own failure this may be waits longer each time.
-
-        A failed *probe* says nothing about its event, and what holds the queue nothing at first:
-        another lane's is the next one.
-        """
-        now_s = self._clock.monotonic_s()
-        trial = self._trials.setdefault(head.seq, _Trial(0, self._delivered, now_s))
-        proven = self._delivered > trial.delivered_before
-        if isinstance(outcome, Misconfigured):
-            # A key revoked meanwhile looks the same, once; only what passes again in between clears it.
-            trial.delivered_before = self._delivered
-        if probe or (isinstance(outcome, Misconfigured) and not proven):
-            self._lanes.again(head, until_s=None)
+        if done.cancelled():
             return
-        trial.strikes += 1
-        wait_s = self._plan.backoff.wait_s(trial.strikes, self._rng)
-        self._lanes.again(head, until_s=now_s + wait_s)
+        final = [change.seq for change in changes if not isinstance(change, Retry)]
+        self._tally.clear(final)
+        self._lanes.settled(final)
+        for head, change in zip(claim.heads, changes, strict=True):
+            if isinstance(change, Bury):
+                # Without the answer, which may quote what the app sent: `show` has it.
+                self._log.error(
+                    "event.dead_lettered",
+                    message_id=head.message_id,
+                    reason=change.reason,
+                    status=change.status,
+                )
 
-    def _tell_breaker(self, ticket: Ticket, outcome: Outcome, *, proven: bool) -> None:
+    def _put_off(
+        self, claim: Claim, outcome: Outcome, record: Record, now_s: float, *, probe: bool
+    ) -> None:
+        """Let other lanes go first; a claim whose own failure this may be waits longer each time."""
+        blamed = is_blamed(outcome, record, probe=probe)
+        # A key revoked meanwhile looks like the event's fault, once: only what passes again clears it.
+        clean = isinstance(outcome, Misconfigured)
+        strikes = self._trials.struck(claim, now_s, counts=blamed, clean=clean)
+        wait_s = self._plan.backoff.wait_s(strikes, self._rng) if blamed else None
+        self._lanes.again(claim, until_s=None if wait_s is None else now_s + wait_s)
+
+    def _tell_breaker(
+        self, claim: Claim, ticket: Ticket, outcome: Outcome, now_s: float, *, proven: bool
+    ) -> None:
         before, _ = self._state()
-        now_s = self._clock.monotonic_s()
         match outcome:
             case Delivered():
-                self._breaker.succeed(ticket)
+                self._breaker.succeed(ticket, now_s, delivered=len(claim.heads))
             case Rejected(status, answer):
                 self._note_error(f"{status}: {answer}")
-                self._breaker.succeed(ticket)
+                self._breaker.succeed(ticket, now_s, delivered=0)
             case Failed(status, answer):
                 why = self._note_error(f"the upstream answers {status} {answer}".rstrip())
                 self._breaker.falter(ticket, now_s, why)
-            case Unavailable(why=why, retry_after_s=retry_after_s, ambiguous=ambiguous):
+            case Unavailable(why=why, retry_after_s=None, too_much=True):
                 self._note_error(why)
-                self._ambiguous += ambiguous
+                self._breaker.push_back(ticket, now_s, why)
+            case Unavailable(why=why, retry_after_s=retry_after_s):
+                self._note_error(why)
                 self._breaker.fail(ticket, now_s, why, retry_after_s=retry_after_s)
             case Misconfigured(why) if proven:
                 # Others passed since it was first answered so: a firewall dislikes this one.
@@ -457,6 +571,14 @@ class Forwarder:
                 self._log.warning("forwarder.backed_off", reason=reason)
             case _:
                 self._log.info("forwarder.recovered", after=before)
+
+
+def _tried(claim: Claim, now_ms: int) -> Claim:
+    """Return *claim* with its one event as the outbox has it once the attempt is recorded."""
+    (head,) = claim.heads
+    since_ms = now_ms if head.failing_since_ms is None else head.failing_since_ms
+    tried = msgspec.structs.replace(head, attempts=head.attempts + 1, failing_since_ms=since_ms)
+    return replace(claim, heads=(tried,))
 
 
 @asynccontextmanager

@@ -1,15 +1,21 @@
-"""Which event goes next: in order within a user, no user waiting for another.
+"""Which events go next: in order within a user, no user waiting for another.
 
-A lane is the events of one user. Its first event is sent, and only when that is settled the
-next; a lane whose event must wait is parked, and the others go on. Pure: no clock, no database.
+A lane is the events of one user. The first of them are claimed and sent, and only when they are
+settled the next; a claim that must wait is parked with its lanes, and the others go on. Pure: no
+clock, no database.
 
 Memory does not grow with the backlog. The window holds the events next in order of acceptance;
 `cursor` is how far the outbox was scanned. A lane that has enough in the window is marked as
 having more *behind* in the outbox, and is read on by itself when it has sent those:
 
-    outbox   1a 2b 3a 4a 5a 6c │ 7b …        a: behind, reads on after 3, up to the cursor
+    outbox   1a 2b 3a 4a 5a 6c │ 7b 8b … 9a 10d │ …       a: behind, reads on after 3, up to the cursor
     window   a: 1 3   b: 2   c: 6            (two events a lane here)
-                               └ cursor
+    fresh    d: 10             │                │
+                             cursor            tail
+
+A backlog larger than the window must not keep a fresh event waiting for days. What lies between
+the cursor and the *tail* was only counted by user (`agent.forward.census`); an event at the tail
+whose user has nothing there is taken in, and fresh lanes and those of the backlog take turns.
 """
 
 from __future__ import annotations
@@ -18,27 +24,51 @@ import heapq
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import count
 
+from agent.forward.census import Census
+from agent.forward.claims import Claim, part
 from agent.outbox.records import Head
 
 WINDOW = 2048
 """Events held in memory; with bodies of at most 4 KiB inline that is 8 MiB at the worst."""
 
+AHEAD = 512
+"""Fresh events held besides."""
+
 PER_LANE = 64
 """Events held of one lane: enough that reading on costs little beside sending them."""
 
 PARKED = 10_000
-"""Lanes that may be parked at once before scanning stops; each holds one event."""
+"""Events that may be parked at once before scanning stops."""
+
+ITEM_BYTES = 32
+"""What an event takes in a batch beside its body: its type, a comma."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """What one request may hold at most. A first event is taken whatever its size."""
+
+    events: int
+    batch_bytes: int
+
+
+ONE = Fit(events=1, batch_bytes=0)
+
+
+@dataclass(slots=True, eq=False)
 class _Lane:
     key: int
     queue: deque[Head] = field(default_factory=deque)
-    busy: bool = False
+    claimed: int = 0
     parked: bool = False
     behind: bool = False
+    fresh: bool = False
     last_seq: int = 0
+    """The highest seq that is or was held."""
+    urgent_upto: int = 0
+    """What may go in spite of a budget: up to this seq, the last urgent one."""
 
 
 class Lanes:
@@ -49,131 +79,303 @@ class Lanes:
     ) -> None:
         self.cursor = 0
         """The seq up to which the outbox was scanned."""
+        self.tail = 0
+        """The seq up to which it was looked at for fresh events; never below the cursor."""
         self.size = 0
         """Events in memory."""
         self._ordered = ordered
         self._window = window
         self._per_lane = per_lane
         self._lanes: dict[int, _Lane] = {}
-        self._ready: deque[_Lane] = deque()
-        self._parked: list[tuple[float, int]] = []
+        self._ready: deque[_Lane | Claim] = deque()
+        self._fresh: deque[_Lane] = deque()
+        self._fresh_turn = True
+        self._urgent = 0
+        self._parked: list[tuple[float, int, Claim]] = []
+        self._parked_events = 0
+        self._parked_lanes = 0
+        self._tickets = count()
         self._starved: deque[_Lane] = deque()
+        self._census = Census()
+        self._ahead: set[int] = set()
+        """What was taken in from beyond the cursor and is not settled yet."""
 
     # --- reading on ---
 
     @property
     def room(self) -> int:
         """How many events a scan may bring now."""
-        parked = len(self._parked)
-        return 0 if parked > PARKED else max(0, self._window - (self.size - parked))
+        full = self._parked_events > PARKED
+        return 0 if full else max(0, self._window - (self.size - self._parked_events))
 
-    def scanned(self, heads: Iterable[Head], *, upto: int = 0) -> None:
-        """Take in the events next behind the cursor, in order; up to the seq *upto* there are no more."""
-        self.cursor = max(self.cursor, upto)
+    @property
+    def room_ahead(self) -> int:
+        """How many fresh events may be taken in now."""
+        return max(0, self._window + AHEAD - (self.size - self._parked_events))
+
+    def scanned(self, heads: list[Head], *, complete: bool, upto: int = 0) -> None:
+        """Take in the events next behind the cursor, in order; *complete*: there are no more.
+
+        None else is up to the seq *upto*; so with the others that read on.
+        """
         for head in heads:
-            self.cursor = max(self.cursor, head.seq)
+            self.cursor = head.seq
+            if head.seq in self._ahead:
+                continue
             lane = self._lane(head)
+            if head.seq <= self.tail:
+                self._census.remove(lane.key)
             if lane.behind or lane.parked or len(lane.queue) >= self._per_lane:
                 lane.behind = True
             else:
-                if not lane.queue:
-                    self._ready.append(lane)
-                self._keep(lane, head)
+                self._welcome(lane, head)
+        self.cursor = max(self.cursor, upto)
+        if complete or self.cursor >= self.tail:
+            self.cursor = self.tail = max(self.cursor, self.tail)
+            self._census.clear()
+            self._ahead.clear()
 
-    def starved(self) -> tuple[int, int] | None:
-        """Return (lane, last seq) of a lane that must be read on and may, or None."""
-        if not self._starved or not self.room:
+    def counted(self, waiting: Iterable[tuple[int, int]], *, upto: int = 0) -> None:
+        """Count what comes next behind the tail, as (seq, lane), without taking it in."""
+        for seq, lane in waiting:
+            self.tail = seq
+            self._census.add(lane if self._ordered else seq)
+        self.tail = max(self.tail, upto)
+
+    def noticed(self, heads: Iterable[Head], *, upto: int = 0) -> None:
+        """Take in the events next behind the tail whose users have nothing else unread."""
+        for head in heads:
+            self.tail = head.seq
+            key = self._key(head)
+            lane = self._lanes.get(key)
+            waits = lane is not None and (
+                lane.behind or lane.parked or len(lane.queue) >= self._per_lane
+            )
+            if waits or self._census.holds(key):
+                self._census.add(key)
+                if head.urgent:
+                    self._urge(key, head.seq)
+                continue
+            self._ahead.add(head.seq)
+            self._welcome(self._lane(head, fresh=True), head)
+        self.tail = max(self.tail, upto)
+
+    def starved(self) -> tuple[int, int, int] | None:
+        """Return (lane, after, upto) of a lane that must be read on and may, or None."""
+        if not self._starved:
             return None
-        return self._starved[0].key, self._starved[0].last_seq
+        lane = self._starved[0]
+        if not (self.room_ahead if lane.fresh else self.room):
+            return None
+        return lane.key, lane.last_seq, max(self.cursor, lane.urgent_upto)
 
     def read_on(self, heads: list[Head], *, complete: bool, upto: int = 0) -> None:
-        """Take in the next events of the lane that `starved` named; *complete* if up to the cursor.
-
-        Up to the seq *upto* there are no more of them.
-        """
+        """Take in the next events of the lane that `starved` named; *complete*: up to where it said."""
         lane = self._starved.popleft()
         lane.behind = not complete
         for head in heads:
+            if head.seq > self.cursor:
+                self._ahead.add(head.seq)
+                self._census.remove(lane.key)
             self._keep(lane, head)
         lane.last_seq = max(lane.last_seq, upto)
         self._after(lane)
 
     # --- sending ---
 
-    def take(self, now_s: float) -> Head | None:
-        """Return the event to send next, and keep its lane busy until `done` or `again`."""
-        while self._parked and self._parked[0][0] <= now_s:
-            _, key = heapq.heappop(self._parked)
-            lane = self._lanes[key]
-            lane.parked = False
-            self._ready.append(lane)
-        if not self._ready:
-            return None
-        lane = self._ready.popleft()
-        lane.busy = True
-        return lane.queue[0]
+    def take(self, now_s: float, *, fit: Fit = ONE, urgent: bool = False) -> Claim | None:
+        """Claim what to send next, and keep its lanes busy until `done`, `again` or `split`.
 
-    def done(self, head: Head) -> None:
-        """The event is settled for good: its lane moves on."""
-        lane = self._lanes[self._key(head)]
-        lane.queue.popleft()
-        lane.busy = False
-        self.size -= 1
-        self._after(lane)
+        *urgent* leaves alone what has no urgent event, nor one waiting behind it.
+        """
+        self._unpark(now_s)
+        first = self._next(urgent=urgent)
+        if first is None or isinstance(first, Claim):
+            return first
+        heads: list[Head] = []
+        left_bytes = fit.batch_bytes
+        lane: _Lane | Claim | None = first
+        while isinstance(lane, _Lane):
+            while lane.queue and len(heads) < fit.events:
+                size = lane.queue[0].body_bytes + ITEM_BYTES
+                if heads and size > left_bytes:
+                    break
+                left_bytes -= size
+                heads.append(lane.queue.popleft())
+                lane.claimed += 1
+            if not lane.claimed:  # it fits into the next one
+                self._make_ready(lane, front=True)
+                break
+            if lane.queue or len(heads) >= fit.events:
+                break
+            lane = self._next(urgent=urgent, lanes_only=True)
+        return Claim.of(heads)
 
-    def again(self, head: Head, *, until_s: float | None) -> None:
-        """Send *head* (its counts brought up to date) again: behind the other lanes, or not before *until_s*."""
-        lane = self._lanes[self._key(head)]
-        lane.busy = False
-        lane.queue[0] = head
+    def done(self, heads: Iterable[Head]) -> None:
+        """These events are through with: their lanes move on."""
+        for head in heads:
+            lane = self._lanes[self._key(head)]
+            lane.claimed -= 1
+            self._leave(head)
+            if not lane.claimed:
+                self._after(lane)
+
+    def again(self, claim: Claim, *, until_s: float | None) -> None:
+        """Send *claim* again: behind the other lanes, or not before *until_s*."""
         if until_s is None:
-            self._ready.append(lane)
+            self._ready.append(claim)
             return
-        lane.parked = True
-        heapq.heappush(self._parked, (until_s, lane.key))
-        if len(lane.queue) > 1:  # what waits behind it is read again when it is settled
-            self.size -= len(lane.queue) - 1
-            lane.queue = deque([head])
-            lane.last_seq = head.seq
-            lane.behind = True
+        heapq.heappush(self._parked, (until_s, next(self._tickets), claim))
+        self._parked_events += len(claim.heads)
+        for key, last_seq in self._last_seqs(claim).items():
+            lane = self._lanes[key]
+            lane.parked = True
+            self._parked_lanes += 1
+            if lane.queue:  # what waits behind it is read again when it is settled
+                self._drop_queue(lane, last_seq)
+
+    def split(self, claim: Claim, *, at: int | None) -> list[Claim]:
+        """Send a refused *claim* of several in parts, at once, and return these.
+
+        *at* is the index of the event that was named, if one was.
+        """
+        parts, behind = part(claim, self._key, at=at)
+        for head in reversed(behind):
+            lane = self._lanes[self._key(head)]
+            lane.claimed -= 1
+            lane.queue.appendleft(head)
+        self._ready.extendleft(reversed(parts))
+        return parts
+
+    def settled(self, seqs: Iterable[int]) -> None:
+        """These are gone from the outbox: no scan can meet them any more."""
+        self._ahead.difference_update(seqs)
 
     def unpark(self) -> None:
-        """End every wait of a single lane."""
-        self._parked = [(float("-inf"), key) for _, key in self._parked]
+        """End every wait of a single claim."""
+        self._unpark(float("inf"))
 
-    def next_at_s(self) -> float | None:
+    def next_at_s(self, *, urgent: bool = False) -> float | None:
         """Return from when `take` has an event: -inf for now, None while all are busy or there is none."""
-        if self._ready:
+        if urgent and not self._urgent:
+            return None
+        if self._ready or self._fresh:
             return float("-inf")
         return self._parked[0][0] if self._parked else None
 
     @property
     def parked(self) -> int:
-        """How many lanes wait on an event of their own."""
-        return len(self._parked)
+        """How many users wait on an event that fails."""
+        return self._parked_lanes
+
+    # --- which lane ---
+
+    def _next(self, *, urgent: bool, lanes_only: bool = False) -> _Lane | Claim | None:
+        """Remove and return what is ready, fresh lanes and those of the backlog in turn."""
+        if urgent:
+            return self._next_urgent()
+        self._fresh_turn = not self._fresh_turn
+        if self._fresh and (self._fresh_turn or not self._ready):
+            return self._fresh.popleft()
+        if not self._ready or (lanes_only and isinstance(self._ready[0], Claim)):
+            return None
+        return self._ready.popleft()
+
+    def _next_urgent(self) -> _Lane | Claim | None:
+        for lane in self._fresh:
+            if self._is_urgent(lane):
+                self._fresh.remove(lane)
+                return lane
+        for each in self._ready:
+            if self._is_urgent(each):
+                self._ready.remove(each)
+                return each
+        return None
+
+    def _is_urgent(self, each: _Lane | Claim) -> bool:
+        if isinstance(each, Claim):
+            return any(head.urgent for head in each.heads)
+        return each.queue[0].seq <= each.urgent_upto
+
+    def _urge(self, key: int, seq: int) -> None:
+        """Read this user's events up to the urgent one, before it is their turn."""
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = _Lane(key, last_seq=self.cursor)
+            self._starved.append(lane)
+        lane.fresh = lane.behind = True
+        lane.urgent_upto = seq
+        if lane in self._starved:
+            self._starved.remove(lane)
+            self._starved.appendleft(lane)
 
     # --- one lane ---
 
     def _key(self, head: Head) -> int:
         return head.lane if self._ordered else head.seq
 
-    def _lane(self, head: Head) -> _Lane:
+    def _lane(self, head: Head, *, fresh: bool = False) -> _Lane:
         key = self._key(head)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = _Lane(key)
+            lane = self._lanes[key] = _Lane(key, fresh=fresh)
         return lane
+
+    def _welcome(self, lane: _Lane, head: Head) -> None:
+        """Queue a new event; a lane that had none, and none under way, becomes ready."""
+        idle = not lane.queue and not lane.claimed
+        self._keep(lane, head)
+        if idle:
+            self._make_ready(lane)
 
     def _keep(self, lane: _Lane, head: Head) -> None:
         lane.queue.append(head)
         lane.last_seq = head.seq
         self.size += 1
+        if head.urgent:
+            self._urgent += 1
+            lane.urgent_upto = max(lane.urgent_upto, head.seq)
+
+    def _leave(self, head: Head) -> None:
+        self.size -= 1
+        self._urgent -= head.urgent
+
+    def _drop_queue(self, lane: _Lane, last_seq: int) -> None:
+        for head in lane.queue:
+            self._leave(head)
+            if head.seq > self.cursor:
+                self._ahead.discard(head.seq)
+                self._census.add(lane.key)
+        lane.queue.clear()
+        lane.last_seq = last_seq
+        lane.behind = True
+
+    def _make_ready(self, lane: _Lane, *, front: bool = False) -> None:
+        queue: deque[_Lane] | deque[_Lane | Claim] = self._fresh if lane.fresh else self._ready
+        if front:
+            queue.appendleft(lane)
+        else:
+            queue.append(lane)
 
     def _after(self, lane: _Lane) -> None:
         """Put an idle lane where it belongs: ready, starved, or gone."""
         if lane.queue:
-            self._ready.append(lane)
+            self._make_ready(lane)
+        elif lane.behind and lane.fresh:
+            self._starved.appendleft(lane)
         elif lane.behind:
             self._starved.append(lane)
         else:
             del self._lanes[lane.key]
+
+    def _last_seqs(self, claim: Claim) -> dict[int, int]:
+        return {self._key(head): head.seq for head in claim.heads}
+
+    def _unpark(self, now_s: float) -> None:
+        while self._parked and self._parked[0][0] <= now_s:
+            _, _, claim = heapq.heappop(self._parked)
+            self._parked_events -= len(claim.heads)
+            for key in self._last_seqs(claim):
+                self._lanes[key].parked = False
+                self._parked_lanes -= 1
+            self._ready.append(claim)

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -46,10 +46,14 @@ _WHY_CHARS = 500
 _MASK = MASK.encode()
 
 
-class Upstream(Protocol):
-    """Whatever takes one event and says what became of it."""
+Endpoint = Kind | Literal["batch"]
+"""What follows /api/public/apps/."""
 
-    async def send(self, kind: Kind, body: bytes) -> Outcome:
+
+class Upstream(Protocol):
+    """Whatever takes one request and says what became of it."""
+
+    async def send(self, endpoint: Endpoint, body: bytes) -> Outcome:
         """Try once to deliver *body*. Never raises for what a network or a server does."""
 
 
@@ -110,7 +114,7 @@ class HttpUpstream:
         }
         self._clock = clock
 
-    async def send(self, kind: Kind, body: bytes) -> Outcome:
+    async def send(self, endpoint: Endpoint, body: bytes) -> Outcome:
         """POST *body* once."""
         try:
             # Here and not at the start: a file that comes later ends the hold without a restart.
@@ -122,7 +126,7 @@ class HttpUpstream:
             )
         try:
             async with self._session.post(
-                f"{self._root}/api/public/apps/{kind}",
+                f"{self._root}/api/public/apps/{endpoint}",
                 data=body if len(body) < _LARGE_BYTES else io.BytesIO(body),
                 headers={**self._headers, "Content-Length": str(len(body))},
                 ssl=self._tls,
@@ -158,7 +162,7 @@ class Refusing:
 
     why: str
 
-    async def send(self, kind: Kind, body: bytes) -> Outcome:  # noqa: ARG002  # the Protocol's
+    async def send(self, endpoint: Endpoint, body: bytes) -> Outcome:  # noqa: ARG002  # the Protocol's
         """Return the reason; nothing leaves the machine."""
         return Misconfigured(self.why)
 

@@ -1,5 +1,5 @@
 """From a socket to the outbox: who may post, what is read, what is answered.
 
-`guard`, `wire` and `routes` take plain values and return plain ones; `sockets`, `connection` and
-`server` are the shell around them that knows the event loop.
+`guard` and `wire` take plain values and return plain ones; `routes` answers at once or says what
+its answer waits for (`reply`); `sockets`, `connection` and `server` are the shell around them.
 """

@@ -21,25 +21,32 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import msgspec
+import structlog
 
-from agent.exchange import STORED, Answer, Handler, Later, Request, refuse
+from agent.exchange import STORED, Answer, Request, refuse
 from agent.ingest.guard import Guard
-from agent.ingest.wire import BODY, HEAD, PLAIN, STORED_PLAIN, Reader, Reading, failure
+from agent.ingest.reply import Handler, Later
+from agent.ingest.wire import BODY, HEAD, PLAIN, STORED_PLAIN, Reader, Reading
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deadlines:
-    """How long a client may stall, in seconds; each ends at the latest one look later, within 15 s.
-
-    *stop_s* is for the answers in flight once the agent stops; a commit takes milliseconds.
-    """
+    """How long a client may stall, in seconds; each ends at the latest one look later, within 15 s."""
 
     idle_s: float = 12.0
+    """An app that posts every ten seconds keeps its connection."""
     body_s: float = 10.0
+    """The largest body takes milliseconds over loopback: who needs longer has stopped sending."""
     write_s: float = 10.0
+    """What does not fit into the socket's buffer is read at once, unless the client reads nothing."""
     linger_s: float = 2.0
+    """Over loopback what was under way has long come in; who is slower has had its answer."""
     look_s: float = 1.0
+    """Exact enough for the others, and it costs next to nothing."""
     stop_s: float = 3.0
+    """For the answers in flight once the agent stops: a commit takes milliseconds."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -152,10 +159,12 @@ class Connection(asyncio.Protocol):
                 transport.write(exchange)
                 continue
             self._framing = exchange.framing
-            if isinstance(exchange.asked, Answer):
+            if isinstance(exchange.asked, Request):
+                self._ask(exchange.asked)
+            elif isinstance(exchange.asked, Answer):
                 self._send(exchange.asked)
             else:
-                self._ask(exchange.asked)
+                self._send(_failure(exchange.asked))
         if self._awaited is None and not self._choked:
             if self._paused:
                 self._paused = False
@@ -174,7 +183,7 @@ class Connection(asyncio.Protocol):
         try:
             reply = self._handler(request)
         except Exception as exc:  # noqa: BLE001  # a bug is a 500 instead of a dead connection
-            self._send(failure(exc))
+            self._send(_failure(exc))
             return
         if isinstance(reply, Answer):
             self._send(reply)
@@ -196,7 +205,7 @@ class Connection(asyncio.Protocol):
         try:
             answer = awaited.answer(future)
         except Exception as exc:  # noqa: BLE001  # as in _ask
-            answer = failure(exc)
+            answer = _failure(exc)
         if not self._transport.is_closing():
             self._send(answer)
             self._advance()
@@ -252,9 +261,15 @@ def _timeout(code: str, message: str) -> Answer:
     return refuse(408, code, message, close=True)
 
 
+def _failure(bug: BaseException) -> Answer:
+    """Return the answer to a request that the agent has a bug in; the log shows where."""
+    log.error("request.failed", exc_info=bug)
+    return refuse(500, "AGENT_BUG", "the agent failed on this request; see its log")
+
+
 async def _contained(reply: Coroutine[Any, Any, Answer]) -> Answer:
     """Keep a bug in one answer from ending the others."""
     try:
         return await reply
     except Exception as exc:  # noqa: BLE001  # as in Connection._ask
-        return failure(exc)
+        return _failure(exc)

@@ -17,8 +17,9 @@ import structlog
 from agent.clock import Clock
 from agent.errors import InvalidEventError, OutboxError
 from agent.event import parse_track
-from agent.exchange import REPLAYED, STORED, Answer, Handler, Later, Reply, Request, refuse
+from agent.exchange import REPLAYED, STORED, Answer, Request, refuse
 from agent.ingest.destinations import PREFIX, Destinations
+from agent.ingest.reply import Handler, Later, Reply
 from agent.outbox.records import Appended
 from agent.outbox.refusals import refuse_for
 from agent.outbox.writer import Writer

@@ -10,9 +10,9 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 
-from agent.exchange import Handler
 from agent.ingest.connection import Connection, Deadlines, Shared
 from agent.ingest.guard import Guard
+from agent.ingest.reply import Handler
 from agent.ingest.sockets import bind_tcp, bind_unix, shown
 
 _BACKLOG = 1024

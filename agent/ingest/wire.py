@@ -16,7 +16,6 @@ from urllib.parse import parse_qsl, unquote
 
 import httptools
 import msgspec
-import structlog
 
 from agent.exchange import STORED, Answer, Request, refuse
 from agent.ingest.guard import Guard
@@ -35,8 +34,6 @@ _ONCE = frozenset(
     {"host", "origin", "sec-fetch-site", "content-type", "content-encoding", "content-length"}
 )
 """Headers that decide something, and of which a second one might be meant."""
-
-log = structlog.get_logger()
 
 
 class Stage(enum.Enum):
@@ -92,9 +89,12 @@ STORED_PLAIN = PLAIN.encode(STORED)
 
 
 class Exchange(msgspec.Struct):
-    """One request as it was read, or what it is answered without asking further."""
+    """One request as it was read, or what it is answered without asking further.
 
-    asked: Request | Answer
+    An exception is a bug of the agent's, met while it was read: it is for the log.
+    """
+
+    asked: Request | Answer | BaseException
     framing: Framing
 
 
@@ -134,7 +134,8 @@ class Reader:
         try:
             self._parse(data)
         except httptools.HttpParserCallbackError as exc:
-            self.refuse(_blame(exc.__context__))
+            raised = exc.__context__ or exc
+            self._end_with(raised.answer if isinstance(raised, _RefusedError) else raised)
         except httptools.HttpParserError as exc:
             # What follows a request that closes is an error, too, but no answer is owed to it.
             if self.stage is not ENDED:
@@ -146,10 +147,13 @@ class Reader:
 
     def refuse(self, answer: Answer) -> None:
         """Answer the request that is being read, and end."""
+        self._end_with(answer)
+
+    def _end_with(self, asked: Answer | BaseException) -> None:
         if self.stage is not ENDED:
             framing = msgspec.structs.replace(self._framing, closes=True)
             self._forget_body()
-            self.ready.append(Exchange(answer, framing))
+            self.ready.append(Exchange(asked, framing))
             self.stage = ENDED
 
     def end(self) -> None:
@@ -303,18 +307,6 @@ class Reader:
 
 def _first_of_each(query: str) -> dict[str, str]:
     return dict(reversed(parse_qsl(query, keep_blank_values=True)))
-
-
-def _blame(raised: BaseException | None) -> Answer:
-    if isinstance(raised, _RefusedError):
-        return raised.answer
-    return failure(raised)
-
-
-def failure(bug: BaseException | None) -> Answer:
-    """Return the answer to a request that the agent has a bug in; the log shows where."""
-    log.error("request.failed", exc_info=bug)
-    return refuse(500, "AGENT_BUG", "the agent failed on this request; see its log")
 
 
 def _bad(message: str, *, code: str = "AGENT_BAD_REQUEST") -> Answer:

@@ -1,1 +1,1 @@
-"""What the agent lets be seen of itself: log lines and metrics. Decides nothing, stores nothing."""
+"""What the agent lets be seen of itself: log lines. Decides nothing, stores nothing."""

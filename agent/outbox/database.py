@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import aiosqlite
 
 from agent.errors import OutboxDamagedError, OutboxError
-from agent.outbox import schema
+from agent.outbox import files, schema
 from agent.outbox.ids import id_hash
 from agent.outbox.store import Store
 
@@ -119,11 +119,11 @@ class Database:
         """Commit and sync something. Raises `sqlite3.Error` if that fails."""
         await self.transact(lambda store: store.touch())
 
-    async def checkpoint(self) -> None:
+    async def empty_log(self) -> None:
         """Empty the log into the database. Raises `sqlite3.Error` if that fails."""
         await self._connection.execute_fetchall("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    async def begin_log_again(self, before: Callable[[], object] = lambda: None) -> None:
+    async def rewind_log(self, before: Callable[[], object] = lambda: None) -> None:
         """Write the log into the database, but keep its space: it begins anew in what it has.
 
         *before* is called in the database's thread right before. Raises `sqlite3.Error`.
@@ -162,7 +162,7 @@ async def connect(path: Path, *, first: bool = True) -> Database:
         _clear_remains(path)
         if first:
             # Never beside another connection: to close the file would drop the locks SQLite has on it.
-            _check_log(path)
+            await _check_log(path)
         connection = _Connection(
             lambda: sqlite3.connect(path, isolation_level=None, timeout=_BUSY_TIMEOUT_S),
             iter_chunk_size=64,  # aiosqlite wants one; nothing here iterates
@@ -220,13 +220,13 @@ def _prepare(db: sqlite3.Connection, path: Path) -> Store:
     db.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
     db.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
     db.create_function("id_hash", 1, id_hash, deterministic=True)
-    _begin_log_anew(db)
+    _empty_inherited_log(db)
     schema.migrate(db, version)
     _check(db, path)
     return Store(db)
 
 
-def _begin_log_anew(db: sqlite3.Connection) -> None:
+def _empty_inherited_log(db: sqlite3.Connection) -> None:
     """Write what a log of before holds into the database, and empty it.
 
     One of its frames may be in the kernel's memory alone, after a sync that failed: what is committed
@@ -240,16 +240,17 @@ def _begin_log_anew(db: sqlite3.Connection) -> None:
             raise
 
 
-def _check_log(path: Path) -> None:
+async def _check_log(path: Path) -> None:
     """Look for damage in what a process that was killed has left. Raises `OutboxDamagedError`.
 
     SQLite would take the first bad frame for the end of the log, and overwrite what is behind it.
     """
-    log = path.with_name(f"{path.name}-wal")
+    log = files.log_of(path)
     if log.exists() and log.stat().st_size:
         from agent.outbox.salvage import log_is_broken  # noqa: PLC0415  # seldom needed
 
-        if log_is_broken(path):
+        # In a thread: a long log takes a while to read, and the service manager wants its signs of life.
+        if await asyncio.to_thread(log_is_broken, path):
             raise OutboxDamagedError(f"{path}: damaged (a part of its log in the middle)")
 
 
@@ -266,20 +267,13 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
 def _make_private(path: Path) -> None:
     """Make a missing file readable for the group alone; SQLite gives its log the same mode."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        os.close(files.make(path))
     except FileExistsError:
         # Asked, not opened: to close a second descriptor would drop SQLite's locks on the file.
         if not path.is_file():
             raise OSError(errno.EINVAL, "not a regular file") from None
         if not os.access(path, os.R_OK | os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
-        return
-    os.fchmod(fd, 0o640)
-    if os.geteuid() == 0:
-        # Root was first to run it here: the service's own user must be able to write it, too.
-        folder = path.parent.stat()
-        os.fchown(fd, folder.st_uid, folder.st_gid)
-    os.close(fd)
 
 
 def _clear_remains(path: Path) -> None:
@@ -287,10 +281,10 @@ def _clear_remains(path: Path) -> None:
 
     A -shm is made anew from the log, and an empty log is none. Only for the owner of the lock.
     """
-    for name in ("-shm", "-wal"):
-        remains = path.with_name(path.name + name)
+    log = files.log_of(path)
+    for remains in (files.log_index_of(path), log):
         if remains.exists() and not os.access(remains, os.R_OK | os.W_OK):
-            if name == "-wal" and remains.stat().st_size:
+            if remains == log and remains.stat().st_size:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(remains))
             remains.unlink()
 

@@ -17,26 +17,23 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from agent.errors import OutboxError, OutboxLockedError
+from agent.outbox import files
 
 _TRIES = 10
 _TRY_INTERVAL_S = 0.1
 """A reader may hold the lock shared for the length of a query: wait that out, not another daemon."""
 
-
-def lock_path(outbox: Path) -> Path:
-    return outbox.with_name(f"{outbox.name}.lock")
-
-
 _OURS = "outbox"
+"""The word in the lock file that says so."""
 
 
 class Ownership:
     """The lock that is held. *proven* says that an agent had its outbox there before."""
 
-    def __init__(self, note: int, files: ExitStack) -> None:
+    def __init__(self, note: int, stack: ExitStack) -> None:
         self.proven = _OURS in os.pread(note, 64, 0).decode("ascii", "replace").split()
         self._note = note
-        self._files = files
+        self._stack = stack
         self._held: set[int] = set()
         self._write()
 
@@ -49,7 +46,7 @@ class Ownership:
         if outbox.exists() and outbox.stat().st_ino not in self._held:
             fd = _open_locked(outbox, fcntl.LOCK_EX)
             if fd is not None:
-                self._files.callback(os.close, fd)
+                self._stack.callback(os.close, fd)
                 self._held.add(os.fstat(fd).st_ino)
 
     def prove(self) -> None:
@@ -68,9 +65,9 @@ class Ownership:
 @asynccontextmanager
 async def exclusive(outbox: Path) -> AsyncIterator[Ownership]:
     """Own *outbox* while the block runs. Raises `OutboxLockedError` naming the owner."""
-    with ExitStack() as files:
-        fd = _open_note(lock_path(outbox))
-        files.callback(os.close, fd)
+    with ExitStack() as stack:
+        fd = _open_note(files.lock_of(outbox))
+        stack.callback(os.close, fd)
         for left in reversed(range(_TRIES)):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +76,7 @@ async def exclusive(outbox: Path) -> AsyncIterator[Ownership]:
                 if not left:
                     raise _refusal(outbox, fd) from exc
                 await asyncio.sleep(_TRY_INTERVAL_S)
-        owned = Ownership(fd, files)
+        owned = Ownership(fd, stack)
         owned.hold(outbox)
         yield owned
 
@@ -87,18 +84,13 @@ async def exclusive(outbox: Path) -> AsyncIterator[Ownership]:
 def _open_note(path: Path) -> int:
     try:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+            return files.make(path)
         except FileExistsError:
             return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as exc:
         raise OutboxError(
             f"{path}: cannot open the lock file ({exc.strerror}); run as the user that owns it"
         ) from exc
-    if os.geteuid() == 0:
-        # Root was first to run it here: the service's own user must be able to lock it, too.
-        owner = path.parent.stat()
-        os.fchown(fd, owner.st_uid, owner.st_gid)
-    return fd
 
 
 def _open_locked(path: Path, operation: int) -> int | None:
@@ -125,18 +117,18 @@ def _open_locked(path: Path, operation: int) -> int | None:
 def shared(outbox: Path) -> Iterator[bool]:
     """Keep writers away from *outbox* while the block runs; yields False if one is there already."""
     try:
-        fd = os.open(lock_path(outbox), os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(files.lock_of(outbox), os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         fd = None  # never opened by a writer, or tidied away
     except OSError as exc:
         raise OutboxError(
-            f"{lock_path(outbox)}: cannot open it ({exc.strerror}); run as the agent's user,"
+            f"{files.lock_of(outbox)}: cannot open it ({exc.strerror}); run as the agent's user,"
             " as a member of its group, or as root"
         ) from exc
-    with ExitStack() as files:
+    with ExitStack() as stack:
         try:
             if fd is not None:
-                files.callback(os.close, fd)
+                stack.callback(os.close, fd)
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             held = _open_locked(outbox, fcntl.LOCK_SH)
         except (BlockingIOError, OutboxLockedError):
@@ -144,7 +136,7 @@ def shared(outbox: Path) -> Iterator[bool]:
         else:
             alone = True
             if held is not None:
-                files.callback(os.close, held)
+                stack.callback(os.close, held)
         yield alone
 
 
@@ -166,7 +158,7 @@ def _refusal(outbox: Path, fd: int) -> OutboxLockedError:
 def owner(outbox: Path) -> str:
     """Return the process number of whoever locked *outbox* last, "(unknown)" if it cannot be read."""
     try:
-        lines = lock_path(outbox).read_text(encoding="ascii", errors="replace").split()
+        lines = files.lock_of(outbox).read_text(encoding="ascii", errors="replace").split()
     except OSError:
         lines = []
     return lines[0] if lines else "(unknown)"

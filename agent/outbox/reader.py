@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import aiosqlite
 import msgspec
 
 from agent.errors import OutboxDamagedError, OutboxError
-from agent.outbox import lock, schema
+from agent.outbox import files, lock, schema
 from agent.outbox.database import is_damage
 from agent.outbox.ids import id_hash
 from agent.outbox.records import (
+    Glance,
     Head,
     Ledger,
     Receipt,
@@ -45,14 +46,17 @@ LOOKED = 20_000
 
 # The name is that of `event`, whose rows are small: in `pending` it stands behind the body.
 _COLUMNS = """
-SELECT pending.seq, lane, message_id, kind, attempts, failing_since_ms,
+SELECT pending.seq, lane, message_id, kind, attempts, failing_since_ms, length(body),
        CASE
          WHEN event.upstream = :upstream AND length(body) <= :inline_bytes THEN body
        END,
+       CASE
+         WHEN :names IS NULL OR event.upstream <> :upstream THEN 0
+         ELSE COALESCE(json_extract(CAST(body AS TEXT), '$.event')
+                       IN (SELECT value FROM json_each(:names)), 0)
+       END,
        event.upstream
 """
-
-_HEAD_TYPES = (int, int, str, str, int, int | None, bytes | None, str)
 
 # The default upstream's queue is all that is pending, with the events of the others passed over.
 _QUEUE = """
@@ -97,6 +101,16 @@ SELECT MIN(CASE WHEN upstream = '' THEN seq END), MAX(seq), COUNT(*)
          LIMIT :looked)
 """
 
+_WAITING = """
+SELECT pending.seq, lane, event.upstream
+"""
+
+_STILL_PENDING = """
+SELECT seq
+  FROM pending
+ WHERE seq IN (SELECT value FROM json_each(:seqs))
+"""
+
 _BODY = """
 SELECT body
   FROM pending
@@ -126,7 +140,7 @@ SELECT queued_ms
  LIMIT 1
 """
 
-_WAITING = """
+_COUNTS = """
 SELECT upstream, COUNT(*)
   FROM pending
  WHERE upstream <> ''
@@ -225,10 +239,13 @@ class Reader:
         await self._db.interrupt()  # nobody waits for a query that still runs
         await self._db.close()
 
-    async def scan(self, upstream: str = "", *, after: int, limit: int) -> Scan:
+    async def scan(
+        self, upstream: str = "", *, after: int, limit: int, urgent: Sequence[str] = ()
+    ) -> Scan:
         """Read on in the queue of *upstream* behind *after*, in order of acceptance.
 
-        Looks at *limit* events, and where all are of other upstreams once more at `LOOKED`.
+        Looks at *limit* events, and where all are of other upstreams once more at `LOOKED`. Those
+        whose event name is one of *urgent* are marked so.
         """
         queue = _QUEUE_NAMED if upstream else _QUEUE
         rows = await self._fetch(
@@ -237,10 +254,11 @@ class Reader:
             after=after,
             limit=limit,
             inline_bytes=INLINE_BYTES,
+            names=_names(urgent),
         )
         heads = self._heads(rows, upstream)
         upto = rows[-1][0] if rows else after
-        if heads or len(rows) < limit:
+        if upstream or heads or len(rows) < limit or not rows:
             return Scan(heads=heads, upto=upto, more=len(rows) == limit)
         return await self._pass_over(upto)
 
@@ -252,9 +270,16 @@ class Reader:
         return Scan(heads=[], upto=last or after, more=looked == LOOKED)
 
     async def lane(
-        self, lane: int, upstream: str = "", *, after: int, upto: int, limit: int
+        self,
+        lane: int,
+        upstream: str = "",
+        *,
+        after: int,
+        upto: int,
+        limit: int,
+        urgent: Sequence[str] = (),
     ) -> Scan:
-        """Read on in one lane of *upstream*: the next *limit* events with after < seq <= upto.
+        """Read on in one lane of *upstream*: the next *limit* events with after < seq <= upto; as `scan`.
 
         Looks at some `LOOKED` events at most.
         """
@@ -272,11 +297,29 @@ class Reader:
             upto=reach,
             limit=limit,
             inline_bytes=INLINE_BYTES,
+            names=_names(urgent),
         )
         heads = self._heads(rows, upstream)
         if len(heads) == limit:
             return Scan(heads=heads, upto=heads[-1].seq, more=True)
         return Scan(heads=heads, upto=reach, more=reach < upto)
+
+    async def waiting(self, upstream: str = "", *, after: int, limit: int) -> Glance:
+        """Look at the next *limit* pending events behind *after*, for those of *upstream*."""
+        queue = _QUEUE_NAMED if upstream else _QUEUE
+        rows = await self._fetch(
+            f"{_WAITING} {queue} {_SCAN}", upstream=upstream, after=after, limit=limit
+        )
+        return Glance(
+            waiting=[(seq, lane) for seq, lane, name in rows if name == upstream],
+            upto=rows[-1][0] if rows else after,
+            more=len(rows) == limit,
+        )
+
+    async def still_pending(self, seqs: Collection[int]) -> set[int]:
+        """Return those of *seqs* that are pending."""
+        rows = await self._fetch(_STILL_PENDING, seqs=msgspec.json.encode(list(seqs)).decode())
+        return {seq for (seq,) in rows}
 
     async def body(self, seq: int) -> bytes | None:
         """Return the body of a pending event; None if it is not pending any more."""
@@ -300,9 +343,9 @@ class Reader:
             paused_upstreams=named(paused_upstreams),
         )
 
-    async def waiting(self) -> dict[str, int]:
+    async def counts(self) -> dict[str, int]:
         """Count what is pending for each named upstream that has some, event by event."""
-        return {row[0]: row[1] for row in await self._fetch(_WAITING)}
+        return {row[0]: row[1] for row in await self._fetch(_COUNTS)}
 
     async def oldest_pending_ms(self, upstream: str | None = None) -> int | None:
         """Return when the first of the queue, or of that of one upstream, was queued (Unix ms)."""
@@ -391,13 +434,12 @@ class Reader:
 
     def _heads(self, rows: list[sqlite3.Row], upstream: str) -> list[Head]:
         """Return the heads among *rows* that are for *upstream*."""
-        for row in rows:
+        try:
+            heads = msgspec.convert(rows, list[Head])
+        except msgspec.ValidationError as exc:
             # A flipped bit can make one type of another, which SQLite does not mind when it reads.
-            if any(
-                not isinstance(value, kind) for value, kind in zip(row, _HEAD_TYPES, strict=True)
-            ):
-                raise self._damaged("a row of the wrong types")
-        return [_head(row) for row in rows if row[-1] == upstream]
+            raise self._damaged(f"a row of the wrong types: {exc}") from exc
+        return [head for head in heads if head.upstream == upstream]
 
     def _damaged(self, why: str) -> OutboxDamagedError:
         return OutboxDamagedError(f"{self.path}: damaged ({why})")
@@ -455,7 +497,7 @@ async def open_reader(path: Path) -> AsyncIterator[Reader]:
         )
     async with AsyncExitStack() as stack:
         alone = stack.enter_context(lock.shared(path))
-        at_rest = alone and not _bytes(path.with_name(f"{path.name}-wal"))
+        at_rest = alone and not _bytes(files.log_of(path))
         yield await stack.enter_async_context(_reader(path, immutable=at_rest))
 
 
@@ -549,17 +591,8 @@ def _ids(message_ids: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-def _head(row: sqlite3.Row) -> Head:
-    seq, lane, message_id, kind, attempts, failing_since_ms, body, _ = row
-    return Head(
-        seq=seq,
-        lane=lane,
-        message_id=message_id,
-        kind=kind,
-        attempts=attempts,
-        failing_since_ms=failing_since_ms,
-        body=body,
-    )
+def _names(urgent: Sequence[str]) -> str | None:
+    return msgspec.json.encode(urgent).decode() if urgent else None
 
 
 def _receipt(row: sqlite3.Row) -> Receipt:

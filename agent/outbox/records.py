@@ -68,11 +68,11 @@ class Bury:
 Settlement = Ack | Retry | Bury
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
+class Head(msgspec.Struct, frozen=True, array_like=True):
     """What the forwarder knows of a pending event. *body* is None where it is large: read it when sent.
 
     *seq* is the order of acceptance. *failing_since_ms* is the first answer about it, if any.
+    *urgent* is 1 if its name is one of those that go in spite of a budget.
     """
 
     seq: int
@@ -81,7 +81,10 @@ class Head:
     kind: Kind
     attempts: int
     failing_since_ms: int | None
+    body_bytes: int
     body: bytes | None
+    urgent: int = 0
+    upstream: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +95,15 @@ class Scan:
     """
 
     heads: list[Head]
+    upto: int
+    more: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Glance:
+    """What waits in one upstream's queue as far as the seq *upto*, as (seq, lane); *more* as in `Scan`."""
+
+    waiting: list[tuple[int, int]]
     upto: int
     more: bool
 

@@ -2,7 +2,7 @@
 
     outbox.db, -wal  ──set_aside──▶  outbox.db.damaged-<Unix ms>, -wal
                                             │ survey (agent.outbox.salvage)
-    a new outbox.db, taking events  ◀───────┘ restore, in order of acceptance
+    a new outbox.db, taking events  ◀───────┘ put_back, in order of acceptance
 
 Nothing is forwarded until that is done: a user's salvaged events come before what was accepted
 since. The table `salvage` remembers each set by its name, so that one is read again if the agent
@@ -44,9 +44,9 @@ log = structlog.get_logger()
 async def salvage_damaged(writer: Writer) -> None:
     """Salvage what was set aside, now and whenever it happens, until cancelled."""
     while True:
-        await writer.damaged.wait()
-        writer.damaged.clear()
-        for name in writer.unsalvaged:
+        await writer.opening.damaged.wait()
+        writer.opening.damaged.clear()
+        for name in writer.opening.unsalvaged:
             await _salvage(writer, name)
 
 
@@ -73,8 +73,10 @@ async def _read_back(writer: Writer, name: str) -> dict[str, int]:
         found = await asyncio.to_thread(stack.enter_context, survey(path))
         rows = found.rows()
         while chunk := await asyncio.to_thread(_chunk, rows):
-            await _patiently(writer, partial(restore.restore, name=name, survivors=chunk))
-        return await _patiently(writer, partial(restore.end, name=name, report=found.report))
+            await _patiently(writer, partial(restore.put_back, name=name, survivors=chunk))
+        report = found.report
+        counts = await _patiently(writer, partial(restore.end, name=name, report=report))
+        return {**counts, "pages": report.pages, "pages_damaged": report.pages_damaged}
 
 
 async def _patiently(writer: Writer, verb: Callable[[Store], T]) -> T:

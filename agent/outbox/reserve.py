@@ -14,6 +14,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from agent.outbox import files
+
 LARGEST_BYTES = 16 * 1024 * 1024
 """What the log holds at most when a checkpoint first fails for want of room, and what it may still
 grow by: 4 MiB between checkpoints and a group of 4 MiB, twice. More would help nobody."""
@@ -28,7 +30,7 @@ class Reserve:
 
     def __init__(self, outbox: Path, *, max_bytes: int) -> None:
         self.held = False
-        self._path = outbox.with_name(f"{outbox.name}.reserve")
+        self._path = files.reserve_of(outbox)
         self._max_bytes = max_bytes
         self._bytes = 0
         """How much it was. To take less later would be to share the disk's last bytes."""
@@ -63,7 +65,7 @@ class Reserve:
             self._max_bytes // _SHARE_OF_QUOTA,
             disk.f_bavail * disk.f_frsize // _SHARE_OF_DISK,
         )
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, files.MODE)
         try:
             # What a process that was killed has kept stays kept.
             wanted = max(wanted, os.fstat(fd).st_size, 1)

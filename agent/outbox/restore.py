@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+from agent.event import digest_of
 from agent.outbox.ids import Id, id_of
 from agent.outbox.records import Ack, State, label
 from agent.outbox.store import Store
@@ -128,7 +128,7 @@ def note_sets(store: Store, names: Sequence[str], *, now_ms: int, floor: int) ->
     return [name for (name,) in store.fetch(_UNSALVAGED) if name in names]
 
 
-def restore(store: Store, name: str, survivors: Sequence[Survivor]) -> None:
+def put_back(store: Store, name: str, survivors: Sequence[Survivor]) -> None:
     """Put back the events among *survivors* that are not known here, with the seqs they had."""
     ((floor,),) = store.fetch(_FLOOR, name=name)
     known = store.ids.find([_id(survivor) for survivor in survivors])
@@ -172,7 +172,7 @@ def _row(store: Store, survivor: Survivor, *, floor: int, taken: set[int]) -> di
         row["seq"] = store.last_seq
     taken.add(row["seq"])
     if survivor.digest is None:
-        row["digest"] = blake2b(survivor.body or b"", digest_size=16).digest()
+        row["digest"] = digest_of(survivor.body or b"")
     if row["queued_ms"] is None:
         row["queued_ms"] = survivor.accepted_ms
     return row

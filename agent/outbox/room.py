@@ -18,6 +18,7 @@ import structlog
 from agent.clock import Clock
 from agent.errors import OutboxFullError
 from agent.event import Event
+from agent.outbox.records import Appended
 from agent.outbox.reserve import Reserve
 from agent.outbox.store import Space, Store
 
@@ -30,6 +31,9 @@ _BARE_BYTES = 40 * 1024
 _EVICT_LIMIT = 10_000
 _PRUNE_LIMIT = 1_000
 """Rows evicted and ids forgotten at once at most, to keep the transaction short."""
+
+Results = list[list[Appended] | OutboxFullError]
+"""What became of the events of each call, or why it was refused."""
 
 log = structlog.get_logger()
 
@@ -57,11 +61,50 @@ class Room:
         self._evicted = 0
         self._forgotten = 0
 
-    def admit(self, store: Store, calls: Sequence[Sequence[Event]]) -> list[OutboxFullError | None]:
-        """Return for each call why its events are refused; None: they may be stored.
+    def let_in(self, store: Store, calls: Sequence[Sequence[Event]]) -> Results:
+        """Store the events of those *calls* that there is room for, each whole or not at all.
 
-        Each call is let in whole or not at all. May discard older events, if that is the policy.
+        May discard older events, if that is the policy.
         """
+        refusals = self._judge(store, calls)
+        judged = list(zip(calls, refusals, strict=True))
+        admitted = [event for events, refusal in judged if refusal is None for event in events]
+        outcomes = iter(store.append(admitted) if admitted else ())
+        return [
+            [next(outcomes) for _ in events] if refusal is None else refusal
+            for events, refusal in judged
+        ]
+
+    def committed(self) -> None:
+        """Say what the committed transaction discarded."""
+        if self._evicted:
+            log.warning(
+                "outbox.events_evicted", events=self._evicted, max_bytes=self._policy.max_bytes
+            )
+        if self._forgotten:
+            log.warning("outbox.delivered_ids_forgotten", ids=self._forgotten, why="outbox full")
+        self.rolled_back()
+
+    def rolled_back(self) -> None:
+        self._evicted = self._forgotten = 0
+
+    def look_for_room(self, store: Store) -> bool:
+        """Return whether there is room again: no app may come to find that out."""
+        if not self.reserve.keep():
+            return False
+        store.touch()  # whoever says so must have written something
+        return store.space().used + _BARE_BYTES <= self._policy.max_bytes
+
+    def disk_full(self) -> OutboxFullError:
+        """Return the refusal that a full disk means, and remember it."""
+        self.lacks_disk = True
+        self.full = f"{self._folder}: no space left on the disk; free some"
+        return OutboxFullError(self.full)
+
+    def _judge(
+        self, store: Store, calls: Sequence[Sequence[Event]]
+    ) -> list[OutboxFullError | None]:
+        """Return for each call why its events are refused; None: they may be stored."""
         if self.reserve.keep():
             room_bytes = self._quota_left(store, calls)
         else:
@@ -79,32 +122,6 @@ class Room:
                     self._quota_full(store.space()) if self.reserve.held else self.disk_full()
                 )
         return verdicts
-
-    def committed(self) -> None:
-        """Say what the committed transaction discarded."""
-        if self._evicted:
-            log.warning(
-                "outbox.events_evicted", events=self._evicted, max_bytes=self._policy.max_bytes
-            )
-        if self._forgotten:
-            log.warning("outbox.delivered_ids_forgotten", ids=self._forgotten, why="outbox full")
-        self.rolled_back()
-
-    def rolled_back(self) -> None:
-        self._evicted = self._forgotten = 0
-
-    def has_some(self, store: Store) -> bool:
-        """Return whether there is room again: no app may come to find that out."""
-        if not self.reserve.keep():
-            return False
-        store.touch()  # whoever says so must have written something
-        return store.space().used + _BARE_BYTES <= self._policy.max_bytes
-
-    def disk_full(self) -> OutboxFullError:
-        """Return the refusal that a full disk means, and remember it."""
-        self.lacks_disk = True
-        self.full = f"{self._folder}: no space left on the disk; free some"
-        return OutboxFullError(self.full)
 
     def _quota_full(self, space: Space) -> OutboxFullError:
         self.lacks_disk = False

@@ -6,9 +6,8 @@ A page does not say which table it belongs to, but no two tables have records of
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -16,7 +15,7 @@ from typing import cast, get_args
 
 import msgspec
 
-from agent.event import Kind
+from agent.event import DIGEST_BYTES, Kind
 from agent.outbox.records import Ledger, Reason, State, named
 from agent.outbox.salvage.pages import Shape, Value
 from agent.settings import UPSTREAM_NAME
@@ -24,11 +23,6 @@ from agent.settings import UPSTREAM_NAME
 _KINDS = frozenset(get_args(Kind))
 _REASONS = frozenset(get_args(Reason))
 _STATES = frozenset(get_args(State))
-
-_DIGEST_BYTES = 16
-
-_STAMP = re.compile(rb',"timestamp":"[0-9TZ:.-]{24}"\}\Z')
-"""What `agent.event` adds at the end of a body without a timestamp, after taking its digest."""
 
 _LEDGER_COLUMNS = (
     "last_seq",
@@ -179,15 +173,6 @@ def message_id_in(body: bytes) -> str | None:
     return event.message_id if event.user_id or event.anonymous_id else None
 
 
-def digest_of(body: bytes, digests: Collection[bytes]) -> bytes | None:
-    """Return the one of *digests* that *body* was accepted with: see `agent.event.Event`."""
-    for accepted in (body, _STAMP.sub(b"}", body)):
-        digest = hashlib.blake2b(accepted, digest_size=_DIGEST_BYTES).digest()
-        if digest in digests:
-            return digest
-    return None
-
-
 def _letter(kind: int) -> str:
     """Return the storage class of a serial type. Source: the format, 2.1."""
     if kind >= 12:
@@ -212,7 +197,7 @@ def _event(
         upstream=_text(upstream),
     )
     sound = (
-        len(row.digest) == _DIGEST_BYTES
+        len(row.digest) == DIGEST_BYTES
         and row.state in _STATES
         and (row.settled_ms is None) == (row.state == "pending")
         and _is_upstream(row.upstream)

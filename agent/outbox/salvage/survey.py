@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import NamedTuple
 
-from agent.event import Kind
+from agent.event import Kind, proof_of
 from agent.outbox.records import Ledger, Reason, State
 from agent.outbox.salvage import pages, rows, tree
 from agent.outbox.salvage.pages import Cell
@@ -204,7 +204,7 @@ class Survey:
         for row in found:
             if isinstance(row, DeadRow | PendingRow):
                 message_id = rows.message_id_in(row.body)
-                digest = rows.digest_of(row.body, digests)
+                digest = proof_of(row.body, digests)
                 # Unproven and with another id, the body is what is damaged.
                 same = event is None or digest is not None or message_id == event.message_id
                 if message_id is not None and same:

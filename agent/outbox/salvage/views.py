@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from agent.outbox.files import log_of
 from agent.outbox.salvage import log, pages
 from agent.outbox.salvage.pages import Cell
 
@@ -140,7 +141,7 @@ def opened(path: Path) -> Iterator[Views]:
     """Yield the views of the database at *path* and its log, the newest first; at least one."""
     with ExitStack() as files:
         db = files.enter_context(File(path))
-        wal = files.enter_context(File(path.with_name(f"{path.name}-wal")))
+        wal = files.enter_context(File(log_of(path)))
         page_bytes = guess_page_bytes(db, wal)
         found = log.read_log(wal.read, wal.size, page_bytes)
         stored = _pages_in(db, page_bytes)
@@ -166,7 +167,7 @@ def log_is_broken(path: Path) -> bool:
     committed behind that is overwritten. To be asked while this process has no connection to the
     database: closing a file drops the locks that SQLite holds on it.
     """
-    with File(path) as db, File(path.with_name(f"{path.name}-wal")) as wal:
+    with File(path) as db, File(log_of(path)) as wal:
         page_bytes = log.page_bytes_of(wal.read) or guess_page_bytes(db, wal)
         found = log.read_log(wal.read, wal.size, page_bytes)
         # Beside an empty database SQLite deletes the log, whatever is in it.

@@ -1,0 +1,63 @@
+"""What is sent together, and how it is parted when the upstream refuses the whole. Pure.
+
+A claim is made once and keeps its members: whoever has stored it and could not say so may know it
+again by them. It shares no user with another claim, so the order of each user is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agent.outbox.records import Head
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Events of one request, each user's in order. *key* names it as long as it fails."""
+
+    heads: tuple[Head, ...]
+    key: int
+
+    @classmethod
+    def of(cls, heads: list[Head]) -> Claim:
+        return cls(tuple(heads), heads[0].seq)
+
+
+def part(
+    claim: Claim, lane_of: Callable[[Head], int], *, at: int | None
+) -> tuple[list[Claim], list[Head]]:
+    """Part a refused claim of several: return what to send next, and what has to wait behind that.
+
+    Where the answer names the event *at* that index, it goes first and alone; if events of its user
+    come before it, those do. Otherwise it is halved. What waits is of users in the first part.
+    """
+    users: dict[int, list[Head]] = {}
+    for head in claim.heads:
+        users.setdefault(lane_of(head), []).append(head)
+    if at is not None and at < len(claim.heads):
+        suspect = claim.heads[at]
+        own = users.pop(lane_of(suspect))
+        first, behind = _before_or_at(own, own.index(suspect))
+        rest = [head for head in claim.heads if lane_of(head) in users]
+        return [Claim.of(heads) for heads in (first, rest) if heads], behind
+    if len(users) == 1:
+        middle = len(claim.heads) // 2
+        return [Claim.of(list(claim.heads[:middle]))], list(claim.heads[middle:])
+    return [Claim.of(half) for half in _halves(list(users.values()))], []
+
+
+def _before_or_at(own: list[Head], suspect: int) -> tuple[list[Head], list[Head]]:
+    cut = suspect or 1
+    return own[:cut], own[cut:]
+
+
+def _halves(users: list[list[Head]]) -> tuple[list[Head], list[Head]]:
+    """Part whole users, at about half of the bytes: it may be the size that was refused."""
+    whole = sum(head.body_bytes for own in users for head in own)
+    first: list[Head] = list(users[0])
+    cut = 1
+    while cut < len(users) - 1 and 2 * sum(head.body_bytes for head in first) < whole:
+        first += users[cut]
+        cut += 1
+    return first, [head for own in users[cut:] for head in own]

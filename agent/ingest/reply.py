@@ -1,0 +1,26 @@
+"""How a request is handed on: to a handler, whose answer may be there at once or come later."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from agent.exchange import Answer, Request
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Later(Generic[T]):
+    """An answer to come: what *answer* makes of *future* once that is done. Costs no task."""
+
+    future: asyncio.Future[T]
+    answer: Callable[[asyncio.Future[T]], Answer]
+
+
+Reply = Answer | Later[Any] | Coroutine[Any, Any, Answer]
+
+Handler = Callable[[Request], Reply]
+"""Answers one request; expected failures are answers, not exceptions."""
