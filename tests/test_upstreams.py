@@ -175,6 +175,30 @@ async def test_a_scan_passes_over_no_more_than_its_bound_and_says_how_far_it_cam
     assert (last.upto, last.more) == (101, False)
 
 
+async def test_what_waits_is_looked_at_for_one_upstream_however_large_its_bodies(
+    tmp_path: Path,
+) -> None:
+    names = ["crm", "", "shop", "", "crm"]
+    sizes = [1, 5_000, 5_000, 1, 2_000]
+    events = [
+        event(f"{n}", name, filler="x" * size)
+        for n, (name, size) in enumerate(zip(names, sizes, strict=True))
+    ]
+    async with opened(tmp_path / "outbox.db") as (writer, reader):
+        await writer.append(events)
+        found = {name: await reader.waiting(name, after=0, limit=9) for name in ("", "crm", "shop")}
+        part = await reader.waiting(after=0, limit=1)
+
+    lane = events[0].lane
+    assert {name: [seq for seq, _ in it.waiting] for name, it in found.items()} == {
+        "": [2, 4],
+        "crm": [1, 5],
+        "shop": [3],
+    }
+    assert {lane_ for it in found.values() for _, lane_ in it.waiting} == {lane}
+    assert (part.waiting, part.upto, part.more) == ([], 1, True)
+
+
 async def test_what_waits_for_each_is_known_without_counting_it(tmp_path: Path) -> None:
     async with opened(tmp_path / "outbox.db") as (writer, reader):
         await writer.append(

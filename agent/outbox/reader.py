@@ -91,18 +91,35 @@ _NEXT = """
  LIMIT 1
 """
 
-_SKIP = """
-SELECT MIN(CASE WHEN upstream = '' THEN seq END), MAX(seq), COUNT(*)
-  FROM (SELECT pending.seq AS seq, event.upstream AS upstream
-          FROM pending
-          JOIN event USING (seq)
-         WHERE pending.seq > :after
-         ORDER BY pending.seq
-         LIMIT :looked)
+# Where there is no need to look into `event`: behind a body on the same page the name is at hand.
+_NAME = """
+       CASE
+         WHEN length(body) <= 1024 THEN pending.upstream
+         ELSE (SELECT event.upstream FROM event WHERE event.seq = pending.seq)
+       END
 """
 
-_WAITING = """
-SELECT pending.seq, lane, event.upstream
+_SKIP = f"""
+SELECT MIN(CASE WHEN upstream = '' THEN seq END), MAX(seq), COUNT(*)
+  FROM (SELECT seq, {_NAME} AS upstream
+          FROM pending
+         WHERE seq > :after
+         ORDER BY seq
+         LIMIT :looked)
+"""  # noqa: S608  # made of constants
+
+_WAITING = f"""
+SELECT seq, lane, {_NAME}
+  FROM pending
+ WHERE seq > :after
+"""  # noqa: S608  # made of constants
+
+_WAITING_NAMED = """
+SELECT seq, lane, upstream
+  FROM pending INDEXED BY pending_named
+ WHERE upstream = :upstream
+   AND upstream <> ''
+   AND seq > :after
 """
 
 _STILL_PENDING = """
@@ -306,10 +323,8 @@ class Reader:
 
     async def waiting(self, upstream: str = "", *, after: int, limit: int) -> Glance:
         """Look at the next *limit* pending events behind *after*, for those of *upstream*."""
-        queue = _QUEUE_NAMED if upstream else _QUEUE
-        rows = await self._fetch(
-            f"{_WAITING} {queue} {_SCAN}", upstream=upstream, after=after, limit=limit
-        )
+        queue = _WAITING_NAMED if upstream else _WAITING
+        rows = await self._fetch(f"{queue} {_SCAN}", upstream=upstream, after=after, limit=limit)
         return Glance(
             waiting=[(seq, lane) for seq, lane, name in rows if name == upstream],
             upto=rows[-1][0] if rows else after,
