@@ -304,18 +304,18 @@ class Forwarder:
 
     async def _look_ahead(self) -> None:
         """Take in what is fresh at the tail; what came before that was never looked at is counted."""
-        lanes = self._lanes
-        if self._ahead_counted:
-            limit = min(SCAN, lanes.room_ahead)
-            heads = await self._reader.scan(
-                after=max(lanes.tail, lanes.cursor), limit=limit, urgent=self._plan.urgent
-            )
+        lanes, urgent = self._lanes, self._plan.urgent
+        after = max(lanes.tail, lanes.cursor)
+        limit = min(SCAN, lanes.room_ahead)
+        if self._ahead_counted and limit:
+            heads = await self._reader.scan(after=after, limit=limit, urgent=urgent)
             lanes.noticed(heads)
             self._ahead_due = len(heads) == limit
         else:
-            waiting = await self._reader.waiting(after=max(lanes.tail, lanes.cursor), limit=COUNTED)
+            waiting = await self._reader.waiting(after=after, limit=COUNTED, urgent=urgent)
             lanes.counted(waiting)
             self._ahead_counted = len(waiting) < COUNTED
+            self._ahead_due = not self._ahead_counted
         self._ahead_at_s = self._clock.monotonic_s() + _LOOK_AHEAD_S
         self._wake.set()
 

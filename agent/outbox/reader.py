@@ -30,16 +30,19 @@ INLINE_BYTES = 4096
 LISTED_BYTES = 65_536
 """Larger bodies are left out of a listing, which may have a thousand rows; `receipt` has them."""
 
-_HEAD = """
-SELECT seq, lane, message_id, kind, attempts, failing_since_ms, length(body),
-       CASE WHEN length(body) <= :inline_bytes THEN body END,
-       CASE WHEN :names IS NULL THEN 0
+# A CASE, and no AND: SQLite may look at both sides of that.
+_URGENT = """CASE WHEN :names IS NULL THEN 0
             ELSE COALESCE(json_extract(CAST(body AS TEXT), '$.event')
                           IN (SELECT value FROM json_each(:names)), 0)
-       END
+       END"""
+
+_HEAD = f"""
+SELECT seq, lane, message_id, kind, attempts, failing_since_ms, length(body),
+       CASE WHEN length(body) <= :inline_bytes THEN body END,
+       {_URGENT}
   FROM pending
   JOIN event USING (seq)
-"""
+"""  # noqa: S608  # of our own constants
 
 _SCAN = (
     _HEAD
@@ -61,13 +64,13 @@ _LANE = (
 """
 )
 
-_WAITING = """
-SELECT seq, lane
+_WAITING = f"""
+SELECT seq, lane, {_URGENT}
   FROM pending
  WHERE seq > :after
  ORDER BY seq
  LIMIT :limit
-"""
+"""  # noqa: S608  # as above
 
 _STILL_PENDING = """
 SELECT seq
@@ -206,9 +209,12 @@ class Reader:
         )
         return self._heads(rows)
 
-    async def waiting(self, *, after: int, limit: int) -> list[tuple[int, int]]:
-        """Return (seq, lane) of the next *limit* pending events behind *after*."""
-        return [(seq, lane) for seq, lane in await self._fetch(_WAITING, after=after, limit=limit)]
+    async def waiting(
+        self, *, after: int, limit: int, urgent: Sequence[str] = ()
+    ) -> list[tuple[int, int, int]]:
+        """Return (seq, lane, urgent) of the next *limit* pending events behind *after*; as `scan`."""
+        rows = await self._fetch(_WAITING, after=after, limit=limit, names=_names(urgent))
+        return [(seq, lane, mark) for seq, lane, mark in rows]
 
     async def still_pending(self, seqs: Collection[int]) -> set[int]:
         """Return those of *seqs* that are pending."""
