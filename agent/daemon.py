@@ -26,6 +26,7 @@ from agent.errors import OutboxError
 from agent.forward.backoff import Backoff
 from agent.forward.disposition import GiveUp
 from agent.forward.forwarder import Forwarder, Plan, forwarding
+from agent.forward.link import watching
 from agent.forward.upstream import Target, Upstream, open_upstream
 from agent.ingest.guard import Guard
 from agent.ingest.routes import Mount, Routes
@@ -70,6 +71,7 @@ async def run(loaded: Loaded, environ: MutableMapping[str, str]) -> None:
             paused=(await reader.ledger()).paused,
         )
         await enter(forwarding(forwarder))
+        stack.enter_context(watching(forwarder.link_changed))
         await enter(_background(salvage_damaged(writer)))
         await enter(_background(keep_up(writer, clock, _retention(settings))))
         control = Control(

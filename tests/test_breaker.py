@@ -245,6 +245,57 @@ def test_flush_forgets_no_failure() -> None:
     assert failures(link) == 2
 
 
+def test_another_network_ends_a_backoff_by_one_probe() -> None:
+    link = breaker()
+    link.fail(admitted(link), 100.0, "down")
+    link.probe_early(100.1)
+    assert admitted(link, 100.1).probe
+    assert link.admit(100.1, in_flight=1) is None
+
+
+def test_an_early_probe_that_fails_counts_as_any_other() -> None:
+    link = breaker()
+    link.fail(admitted(link), 100.0, "down")
+    link.probe_early(100.1)
+    link.fail(admitted(link, 100.1), 100.2, "down")
+    assert failures(link) == 2
+    assert link.admit(100.2, in_flight=0) is None
+
+
+def test_another_network_does_not_shorten_the_wait_that_the_upstream_asked_for() -> None:
+    link = breaker()
+    link.fail(admitted(link), 100.0, "429", retry_after_s=60.0)
+    link.probe_early(100.1)
+    assert opened(link) >= 160.0
+
+
+def test_a_backoff_after_one_that_the_upstream_asked_for_ends_early_again() -> None:
+    link = breaker()
+    link.fail(admitted(link), 100.0, "429", retry_after_s=60.0)
+    link.fail(admitted(link, 1_000.0), 1_000.0, "down")
+    link.probe_early(1_000.1)
+    assert opened(link) == 1_000.1
+
+
+def test_another_network_leaves_a_hold_to_the_person_who_must_mend_it() -> None:
+    link = breaker()
+    link.hold(admitted(link), 100.0, "401")
+    until_s = opened(link)
+    link.probe_early(100.1)
+    assert opened(link) == until_s
+
+
+def test_a_probe_that_was_out_when_the_network_changed_is_followed_by_another_at_once() -> None:
+    link = breaker()
+    link.fail(admitted(link), 100.0, "down")
+    probe = admitted(link, 1_000.0)
+    link.probe_early(1_000.5)
+    link.fail(probe, 1_001.0, "down")
+    again = admitted(link, 1_001.0)
+    link.fail(again, 1_002.0, "down")
+    assert opened(link) > 1_002.0
+
+
 def test_flush_changes_nothing_while_events_flow_or_a_probe_is_out() -> None:
     link = breaker()
     link.flush(0.0)

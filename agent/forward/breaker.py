@@ -6,7 +6,7 @@ as arguments. An event's own failures are `agent.forward.lanes`' business.
                success: limit doubles
                  ┌──────┐  failure, or FALTERS 5xx in a row
     start ──▶ Closed(limit) ─────────────────────────────▶ Open(until) ◀──┐ failure: waits longer
-                 ▲      │ misconfigured                       │ time, or flush
+                 ▲      │ misconfigured                       │ time, flush, another network
                  │      └──────────────▶ Held(until) ──▶ HalfOpen: one event as probe
                  │                          ▲  time, or flush   │  │
                  │                          └── misconfigured ──┘  │
@@ -45,11 +45,15 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Nothing is sent before *until_s*; *failures* counts those in a row."""
+    """Nothing is sent before *until_s*; *failures* counts those in a row.
+
+    *obeys* says that the upstream asked for the wait, by Retry-After.
+    """
 
     until_s: float
     failures: int
     why: str
+    obeys: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,8 @@ class Breaker:
         self._rng = rng
         self._epoch = 0
         self._falters = 0
+        self._eager = False
+        """Whether the network changed while the probe was out: its failure says nothing of now."""
         self._state: State = Closed(1)
 
     @property
@@ -148,7 +154,9 @@ class Breaker:
         if retry_after_s is not None:
             # Behind what was asked for, not at it: else all machines come back in one moment.
             wait_s += retry_after_s
-        self._enter(Open(now_s + wait_s, failures, why))
+        elif self._eager:
+            wait_s = 0.0
+        self._enter(Open(now_s + wait_s, failures, why, obeys=retry_after_s is not None))
 
     def hold(self, ticket: Ticket, now_s: float, why: str) -> None:
         """The agent is misconfigured: stop, and look again rarely."""
@@ -166,7 +174,24 @@ class Breaker:
         if isinstance(self._state, Open | Held):
             self._enter(replace(self._state, until_s=now_s))
 
+    def probe_early(self, now_s: float) -> bool:
+        """The network changed: end a backoff by one probe; return whether there was one to end.
+
+        A probe that fails counts as any other. What a person must mend is not mended by a network,
+        and what the upstream asked for is obeyed.
+        """
+        match self._state:
+            case Open(obeys=False) as state:
+                self._enter(replace(state, until_s=now_s))
+                return True
+            case HalfOpen(Open()):
+                self._eager = True
+                return True
+            case _:
+                return False
+
     def _enter(self, state: State) -> None:
         self._state = state
         self._epoch += 1
         self._falters = 0
+        self._eager = False

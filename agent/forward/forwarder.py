@@ -153,6 +153,12 @@ class Forwarder:
         self._lanes.unpark()
         self._wake.set()
 
+    def link_changed(self) -> None:
+        """The machine's network changed: try once before a backoff is over."""
+        if self._breaker.probe_early(self._clock.monotonic_s()):
+            self._lanes.unpark()  # each that failed with the link waits for itself, too
+            self._wake.set()
+
     def flow(self) -> Flow:
         """Return how forwarding stands."""
         state, reason = self._state()
