@@ -296,6 +296,45 @@ def test_a_probe_that_was_out_when_the_network_changed_is_followed_by_another_at
     assert opened(link) > 1_002.0
 
 
+def adopt(link: Breaker, now_s: float, *, ceiling: int = 8) -> None:
+    terms = Backoff(base_s=1.0, cap_s=CAP_S)
+    link.adopt(terms, ceiling=ceiling, hold_probe_s=HOLD_PROBE_S, now_s=now_s)
+
+
+@pytest.mark.parametrize("stop", [Breaker.fail, Breaker.hold])
+def test_other_terms_let_one_probe_go_now(stop: Callable[..., None]) -> None:
+    link = breaker()
+    stop(link, admitted(link), 100.0, "why")
+    adopt(link, 100.1)
+    assert admitted(link, 100.1).probe
+
+
+def test_a_probe_sent_before_other_terms_prolongs_no_hold() -> None:
+    link = breaker()
+    link.hold(admitted(link), 100.0, "401")
+    late = admitted(link, 1_000.0)
+    adopt(link, 1_000.5)
+    link.hold(late, 1_001.0, "401")
+    assert admitted(link, 1_001.0).probe
+
+
+def test_what_was_in_flight_before_other_terms_stops_nothing() -> None:
+    link = breaker()
+    late = admitted(link)
+    adopt(link, 100.0)
+    link.hold(late, 100.1, "401")
+    link.fail(late, 100.1, "down")
+    assert kind(link) is Closed
+
+
+def test_a_lower_ceiling_counts_at_once() -> None:
+    link = breaker(ceiling=8)
+    for _ in range(4):
+        link.succeed(admitted(link))
+    adopt(link, 100.0, ceiling=2)
+    assert limit(link) == 2
+
+
 def test_flush_changes_nothing_while_events_flow_or_a_probe_is_out() -> None:
     link = breaker()
     link.flush(0.0)

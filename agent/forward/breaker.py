@@ -174,6 +174,20 @@ class Breaker:
         if isinstance(self._state, Open | Held):
             self._enter(replace(self._state, until_s=now_s))
 
+    def adopt(self, backoff: Backoff, *, ceiling: int, hold_probe_s: float, now_s: float) -> None:
+        """Go on by other terms, for another link: what waited is tried now.
+
+        Answers to what is in flight do not count any more, nor does a probe that is out.
+        """
+        self._backoff, self._ceiling, self._hold_probe_s = backoff, ceiling, hold_probe_s
+        match self._state:
+            case Closed(limit):
+                self._enter(Closed(min(limit, ceiling)))
+            case HalfOpen(waited) | (Open() | Held() as waited):
+                self._enter(replace(waited, until_s=now_s))
+            case _:
+                assert_never(self._state)
+
     def probe_early(self, now_s: float) -> bool:
         """The network changed: end a backoff by one probe; return whether there was one to end.
 

@@ -19,6 +19,7 @@ import structlog
 
 from agent.clock import Clock
 from agent.errors import OutboxError
+from agent.event import Kind
 from agent.forward.backoff import Backoff
 from agent.forward.breaker import Breaker, HalfOpen, Held, Open, Ticket
 from agent.forward.disposition import (
@@ -153,6 +154,21 @@ class Forwarder:
         self._lanes.unpark()
         self._wake.set()
 
+    def adopt(self, upstream: Upstream | None, plan: Plan, unconfigured: str = "") -> None:
+        """Send to *upstream* and by *plan*, beginning now; what is in flight ends as it began."""
+        self._upstream, self._unconfigured = upstream, unconfigured
+        if plan.ordered != self._plan.ordered:
+            self._stale = True  # other lanes, once nothing of these is under way
+        self._plan = plan
+        self._breaker.adopt(
+            plan.backoff,
+            ceiling=plan.concurrency,
+            hold_probe_s=plan.hold_probe_s,
+            now_s=self._clock.monotonic_s(),
+        )
+        self._lanes.unpark()
+        self._wake.set()
+
     def link_changed(self) -> None:
         """The machine's network changed: try once before a backoff is over."""
         if self._breaker.probe_early(self._clock.monotonic_s()):
@@ -197,17 +213,16 @@ class Forwarder:
 
     async def run(self) -> None:
         """Forward until stopped. Its owner is `forwarding`."""
-        if self._upstream is None:
-            return
         async with asyncio.TaskGroup() as attempts:
             follower = attempts.create_task(self._follow_appends())
             while not self._stopping:
                 self._wake.clear()
-                await self._fill()
+                if self._upstream is not None:
+                    await self._fill()
                 now_s = self._clock.monotonic_s()
                 while (taken := self._take(now_s)) is not None:
                     self._in_flight += 1
-                    attempts.create_task(self._run_attempts(self._upstream, taken))
+                    attempts.create_task(self._run_attempts(taken))
                 await self._wait(now_s)
             follower.cancel()
 
@@ -256,7 +271,9 @@ class Forwarder:
                 self._wake.set()
 
     def _take(self, now_s: float) -> tuple[Head, Ticket] | None:
-        if self._stopping or self._writer.rescuing or self._stale or self._unsettled >= UNSETTLED:
+        if self._upstream is None or self._stopping or self._writer.rescuing:
+            return None
+        if self._stale or self._unsettled >= UNSETTLED:
             return None
         due_at_s = self._due_at_s()
         if due_at_s is None or due_at_s > now_s:
@@ -294,11 +311,11 @@ class Forwarder:
 
     # --- an attempt ---
 
-    async def _run_attempts(self, upstream: Upstream, taken: tuple[Head, Ticket] | None) -> None:
+    async def _run_attempts(self, taken: tuple[Head, Ticket] | None) -> None:
         """Send *taken*, and what may go after it: while all is well no other task need wake."""
         try:
             while taken is not None:
-                await self._attempt(upstream, *taken)
+                await self._attempt(*taken)
                 # Not counted while it asks for the next one: the ceiling is for the others.
                 self._in_flight -= 1
                 taken = None if self._is_hungry() else self._take(self._clock.monotonic_s())
@@ -314,7 +331,7 @@ class Forwarder:
         lanes = self._lanes
         return lanes.starved() is not None or (self._scan_due and lanes.room >= SCAN)
 
-    async def _attempt(self, upstream: Upstream, head: Head, ticket: Ticket) -> None:
+    async def _attempt(self, head: Head, ticket: Ticket) -> None:
         try:
             body = await self._body(head)
             if body is None and self._writer.rescuing:
@@ -323,12 +340,17 @@ class Forwarder:
                 self._breaker.cancel(ticket, self._clock.monotonic_s())
                 self._finish(head)
             else:
-                self._conclude(head, ticket, await upstream.send(head.kind, body))
+                self._conclude(head, ticket, await self._send(head.kind, body))
         except OutboxError as exc:
             log.error("outbox.read_failed", error=str(exc))
             now_s = self._clock.monotonic_s()
             self._breaker.cancel(ticket, now_s)
             self._lanes.again(head, until_s=now_s + _READ_AGAIN_S)
+
+    async def _send(self, kind: Kind, body: bytes) -> Outcome:
+        if self._upstream is None:  # taken away meanwhile
+            return Unavailable(why=self._unconfigured)
+        return await self._upstream.send(kind, body)
 
     async def _body(self, head: Head) -> bytes | None:
         """Return what to send; None if the event is not pending any more."""
