@@ -21,6 +21,7 @@ DECISIONS = (
     "forward.disposition",
     "forward.lanes",
     "ingest.guard",
+    "reload",
 )
 IMPURE = {"asyncio", "aiohttp", "aiosqlite", "sqlite3", "time", "socket", "threading", "subprocess"}
 SHELLS = (

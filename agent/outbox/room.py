@@ -80,6 +80,10 @@ class Room:
                 )
         return verdicts
 
+    def adopt(self, policy: Policy) -> None:
+        """Go by *policy* from the next admission on; the reserve stays as large as it is."""
+        self._policy = policy
+
     def committed(self) -> None:
         """Say what the committed transaction discarded."""
         if self._evicted:

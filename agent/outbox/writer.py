@@ -189,6 +189,11 @@ class Writer:
         self._begin()
         return job.done
 
+    def adopt(self, policy: Policy) -> None:
+        """Go by *policy* from the next commit on."""
+        self._policy = policy
+        self._room.adopt(policy)
+
     async def perform(self, verb: Callable[[Store], T]) -> T:
         """Run *verb* in a transaction of its own, in the database's thread. Raises as `append` does."""
         if self.fault is not None:
