@@ -127,6 +127,8 @@ def load(
 
 def refresh(loaded: Loaded, environ: Mapping[str, str]) -> Loaded:
     """Return *loaded* with the files beside the configuration read anew; itself it is not."""
+    if any(problem.startswith(f"{_KEY_PROBLEM}:") for problem in loaded.problems):
+        return loaded  # the configuration itself holds what is no key: no file mends that
     values = {
         key.dotted: getattr(getattr(loaded.settings, key.section), key.name)
         for key in _KEYS.values()

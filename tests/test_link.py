@@ -1,7 +1,8 @@
 """What counts as a change of network, how often, and that the daemon tries at once when one comes.
 
 Planted bugs that these were seen to find: a watch that is never entered, one that reads nothing,
-messages skipped behind the first, deletions that count, a stop that leaves the timer.
+messages skipped behind the first, deletions that count, no pause between two tellings, an overflow
+that is no change, a Retry-After cut short, and lanes that go on waiting for themselves.
 """
 
 from __future__ import annotations

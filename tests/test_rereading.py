@@ -2,6 +2,12 @@
 write them.
 
 The first takes the ten seconds after which the agent looks at its files by itself.
+
+Planted bugs that these tests were seen to find: no look by time or none before a probe, a file read
+while it is written, a stamp of size and time alone, nothing ever refused, TLS files not tried, a
+problem that another's mending hides, a hold that stays, an upstream that stays, connections closed
+under their attempts, lanes made anew under theirs, guard, policy or redactor left as they were, and
+a forwarder that ends for want of an upstream.
 """
 
 from __future__ import annotations
