@@ -20,6 +20,8 @@ The levels; an import goes down, never up or sideways (`tests/test_levels.py` wa
     daemon                         composition: db ⊃ writer ⊃ forwarder ⊃ server
     ingest | forward | console     the two ends, and the person's view; they never meet
     outbox                         the durable queue
+    rereading                      the configuration read anew while the agent runs
+    reload                         what of it may change then
     config, observe, systemd       settings in effect; logs; the service manager
     keys                           what can be set, as a table, and how it is written in a file
     event, settings                the contract: JSON bytes -> Event; every key that can be set

@@ -8,7 +8,8 @@ their values, and where each came from. Two kinds of fault:
     problem       something outside the file is not right yet (no key file, no certificate): a
                   sentence in `Loaded.problems`. The daemon runs and stores; events wait.
 
-Does not own what a setting does. Called once at start-up by the commands and the daemon.
+Does not own what a setting does. Called at start-up by the commands and the daemon, and again by
+the daemon when it is told to read anew, or when a file beside the configuration changed.
 """
 
 from __future__ import annotations
@@ -107,6 +108,35 @@ def load(
     faults.extend(f"{file or 'environment'}: {fault}" for fault in _contradictions(values, origins))
     if faults:
         raise ConfigError("\n".join(faults))
+    return _settled(values, origins, environ, file)
+
+
+def refresh(loaded: Loaded, environ: Mapping[str, str]) -> Loaded:
+    """Return *loaded* with the files beside the configuration read anew; itself it is not."""
+    if any(problem.startswith(f"{_KEY_PROBLEM}:") for problem in loaded.problems):
+        return loaded  # the configuration itself holds what is no key: no file mends that
+    values = {
+        key.dotted: getattr(getattr(loaded.settings, key.section), key.name)
+        for key in KEYS.values()
+    }
+    origins = dict(loaded.origins)
+    if values["upstream.write_key_file"] or origins[_KEY_PROBLEM] == _CREDENTIAL_ORIGIN:
+        values[_KEY_PROBLEM] = None
+    return _settled(values, origins, environ, loaded.file)
+
+
+def files_beside(loaded: Loaded, environ: Mapping[str, str]) -> tuple[Path, ...]:
+    """Return the files that the configuration draws from, there or not: the key's and those of TLS."""
+    upstream = loaded.settings.upstream
+    key = upstream.write_key_file or _credential_path(environ, loaded.file)
+    files = (key, upstream.ca_file, upstream.client_cert, upstream.client_key)
+    return tuple(file for file in files if file is not None)
+
+
+def _settled(
+    values: dict[str, Any], origins: dict[str, str], environ: Mapping[str, str], file: Path | None
+) -> Loaded:
+    """Return the decoded *values* with what lies outside of the file."""
     problems = [
         *_settle_key(values, origins, environ, file),
         *_file_problems(values),
@@ -340,6 +370,7 @@ def _contradictions(values: Mapping[str, Any], origins: Mapping[str, str]) -> It
 # --- what lies outside the file ---
 
 _KEY_PROBLEM = "upstream.write_key"
+_CREDENTIAL_ORIGIN = f"credential {CREDENTIAL}"
 
 
 def _settle_key(
@@ -359,7 +390,7 @@ def _settle_key(
             # The unit gives an empty one where no key was installed yet: that is none.
             key = _read_key(credential)
             if key is not None:
-                origins[_KEY_PROBLEM] = f"credential {CREDENTIAL}"
+                origins[_KEY_PROBLEM] = _CREDENTIAL_ORIGIN
         if key is not None and not (key.reveal().isascii() and key.reveal().isprintable()):
             key = None
             yield (
@@ -373,18 +404,20 @@ def _settle_key(
 
 
 def _credential(environ: Mapping[str, str], file: Path | None) -> Path | None:
-    """Return the file of the systemd credential, if there is one.
+    """Return the file of the systemd credential, if there is one."""
+    credential = _credential_path(environ, file)
+    return credential if credential is not None and credential.exists() else None
+
+
+def _credential_path(environ: Mapping[str, str], file: Path | None) -> Path | None:
+    """Return where a systemd credential would be.
 
     A person's command has none handed over; with the system's configuration it means the service,
     and reads what the unit loads.
     """
     if folder := environ.get("CREDENTIALS_DIRECTORY"):
-        credential = Path(folder) / CREDENTIAL
-    elif file == SYSTEM_FILE:
-        credential = SYSTEM_FILE.with_name(CREDENTIAL)
-    else:
-        return None
-    return credential if credential.exists() else None
+        return Path(folder) / CREDENTIAL
+    return SYSTEM_FILE.with_name(CREDENTIAL) if file == SYSTEM_FILE else None
 
 
 def _read_key(path: Path) -> WriteKey | None:

@@ -37,6 +37,7 @@ DECISIONS = (
     "outbox.salvage.log",
     "outbox.salvage.pages",
     "outbox.salvage.rows",
+    "reload",
     "settings",
     "units",
 )

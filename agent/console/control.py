@@ -69,8 +69,14 @@ class Control:
         self._clock = clock
         self._upstream = upstream
         self._max_bytes = max_bytes
+        self.config_problem: str | None = None
+        """Why a configuration read anew was refused; None while the last one is in force."""
         # One search at a time: others wait here, not in the reader's thread, where none can end.
         self._searching = asyncio.Lock()
+
+    def adopt(self, *, upstream: str, max_bytes: int) -> None:
+        """Tell these from now on."""
+        self._upstream, self._max_bytes = upstream, max_bytes
 
     async def answer(self, request: Request) -> Answer:
         """Answer one request below `PREFIX`."""
@@ -138,6 +144,7 @@ class Control:
                 flow=self._link.flow(),
                 full=self._writer.full,
                 fault=self._writer.fault,
+                config_problem=self.config_problem,
             )
         )
 

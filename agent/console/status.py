@@ -72,6 +72,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     outbox: OutboxStatus
     upstream: str
     version: str
+    config_problem: str | None = None
+    """Why a configuration read anew was refused, and the one before stays in force."""
 
 
 class Unreadable(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +120,7 @@ async def collect(
     flow: Flow | None,
     full: str | None = None,
     fault: str | None = None,
+    config_problem: str | None = None,
 ) -> Status:
     """Return the status of the outbox behind *reader*; *flow* None means that no daemon runs."""
     ledger = await reader.ledger()
@@ -152,6 +155,7 @@ async def collect(
         ),
         upstream=upstream,
         version=__version__,
+        config_problem=config_problem,
     )
 
 

@@ -51,7 +51,8 @@ class Routes:
     ) -> None:
         self._writer = writer
         self._clock = clock
-        self._max_body_bytes = max_body_bytes
+        self.max_body_bytes = max_body_bytes
+        """The largest body that is read as an event; it may change from one request to the next."""
         self._mounts = tuple(mounts)
 
     def answer(self, request: Request) -> Reply:
@@ -78,7 +79,7 @@ class Routes:
             event = parse_track(
                 request.body,
                 received_ms=self._clock.wall_ms(),
-                max_body_bytes=self._max_body_bytes,
+                max_body_bytes=self.max_body_bytes,
             )
         except InvalidEventError as exc:
             return refuse(exc.status, exc.code, str(exc))
