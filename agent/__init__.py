@@ -4,8 +4,8 @@ The way of an event:
 
     app ──POST──▶ ingest ──append──▶ outbox ──scan───▶ forward ──POST──▶ upstream
                   guard              one writer,        lanes, one a user   │
-                  read, check        group commit       send ─▶ Outcome ◀───┘
-                  stamp time         SQLite, WAL+FULL   decide ─▶ Ack | Retry | Bury, or as it is
+                  read, check        group commit       claim ─▶ Outcome ◀──┘
+                  stamp time         SQLite, WAL+FULL   decide ─▶ Ack | Retry | Bury | Split
                   ◀──204── committed ◀────settle──────────┘
     person ──▶ console ──reads──▶ outbox;  ──asks──▶ daemon (loopback control API)
 
