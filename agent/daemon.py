@@ -248,6 +248,7 @@ def _routes(settings: Settings, writer: Writer, clock: Clock, control: Control) 
             Mount(PREFIX, control.answer),
             Mount("/healthz", control.health),
             Mount("/readyz", control.readiness),
+            Mount("/metrics", control.metrics),
         ),
     )
 

@@ -1,4 +1,4 @@
-"""The control API under /api/agent/, and /healthz and /readyz: what the daemon tells and obeys.
+"""The control API under /api/agent/, /healthz, /readyz and /metrics: what the daemon tells and obeys.
 
 Plain requests in, plain answers out; `agent.daemon` mounts it on the listener, behind the guard.
 """
@@ -13,7 +13,7 @@ import msgspec
 from agent.clock import Clock
 from agent.console import dead_letters
 from agent.console.receipts import view
-from agent.console.status import Flow, collect
+from agent.console.status import Flow, Status, collect
 from agent.errors import OutboxError
 from agent.exchange import Answer, Request, answer_json, refuse
 from agent.outbox.reader import Reader
@@ -101,6 +101,19 @@ class Control:
             return refuse(503, "AGENT_NOT_READY", why, retry_after_s=RETRY_UNAVAILABLE_S)
         return answer_json({"status": "ready"})
 
+    async def metrics(self, request: Request) -> Answer:
+        """GET /metrics: the numbers of `status`, for Prometheus."""
+        if request.method != "GET":
+            return _not_found(request)
+        # Two MiB of library that most machines never want.
+        from agent.console.metrics import CONTENT_TYPE, exposition  # noqa: PLC0415
+
+        try:
+            status = await self._collected()
+        except OutboxError as exc:
+            return refuse_for(exc)
+        return Answer(status=200, body=exposition(status), content_type=CONTENT_TYPE)
+
     async def _route(self, request: Request) -> Answer:
         path = request.path.removeprefix(PREFIX)
         if request.method == "POST" and not _may_steer(request):
@@ -135,17 +148,18 @@ class Control:
                 return _not_found(request)
 
     async def _status(self) -> Answer:
-        return answer_json(
-            await collect(
-                self._reader,
-                now_ms=self._clock.wall_ms(),
-                upstream=self._upstream,
-                max_bytes=self._max_bytes,
-                flow=self._link.flow(),
-                full=self._writer.full,
-                fault=self._writer.fault,
-                config_problem=self.config_problem,
-            )
+        return answer_json(await self._collected())
+
+    async def _collected(self) -> Status:
+        return await collect(
+            self._reader,
+            now_ms=self._clock.wall_ms(),
+            upstream=self._upstream,
+            max_bytes=self._max_bytes,
+            flow=self._link.flow(),
+            full=self._writer.full,
+            fault=self._writer.fault,
+            config_problem=self.config_problem,
         )
 
     async def _events(self, request: Request) -> Answer:

@@ -209,15 +209,20 @@ class Forwarder:
 
     def flow(self) -> Flow:
         """Return how forwarding stands."""
+        now_s = self._clock.monotonic_s()
+        self._kept_back = self._ask_budget(now_s)
         state, reason = self._state()
-        opens_at_s = self._breaker.opens_at_s()
-        waits = state in {"backing_off", "held"} and opens_at_s is not None
+        match state:
+            case "backing_off" | "held":
+                until_s = self._breaker.opens_at_s()
+            case "waiting" if self._kept_back is not None:
+                until_s = self._kept_back.until_s
+            case _:
+                until_s = None
         return Flow(
             state=state,
             reason=reason,
-            next_attempt_in_s=max(0.0, opens_at_s - self._clock.monotonic_s())
-            if waits and opens_at_s is not None
-            else None,
+            next_attempt_in_s=None if until_s is None else max(0.0, until_s - now_s),
             last_error=self._last_error,
             last_error_ms=self._last_error_ms,
             in_flight=self._in_flight,
