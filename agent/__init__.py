@@ -4,8 +4,8 @@ The way of an event:
 
     app ──POST──▶ ingest ──append──▶ outbox ──scan───▶ forward ──POST──▶ upstream
                   guard              one writer,        lanes, one a user   │
-                  read, check        group commit       send ─▶ Outcome ◀───┘
-                  stamp time         SQLite, WAL+FULL   decide ─▶ Ack | Retry | Bury, or as it is
+                  read, check        group commit       claim ─▶ Outcome ◀──┘
+                  stamp time         SQLite, WAL+FULL   decide ─▶ Ack | Retry | Bury | Split
                   ◀──204── committed ◀────settle──────────┘
     person ──▶ console ──reads──▶ outbox;  ──asks──▶ daemon (loopback control API)
 
@@ -20,6 +20,8 @@ The levels; an import goes down, never up or sideways (`tests/test_levels.py` wa
     daemon                         composition: db ⊃ writer ⊃ forwarder ⊃ server
     ingest | forward | console     the two ends, and the person's view; they never meet
     outbox                         the durable queue
+    rereading                      the configuration read anew while the agent runs
+    reload                         what of it may change then
     config, observe, systemd       settings in effect; logs; the service manager
     keys                           what can be set, as a table, and how it is written in a file
     event, settings                the contract: JSON bytes -> Event; every key that can be set

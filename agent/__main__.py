@@ -7,12 +7,17 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from functools import partial
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from agent.config import Loaded
 from agent.console.commands import cli
 from agent.console.invocation import PROGRAM, settings_in_effect
 from agent.settings import Settings
+
+if TYPE_CHECKING:
+    from agent.observe.logs import Redactor
 
 _UMASK = 0o027
 """State files are for the agent and its group, and never written by the group."""
@@ -26,12 +31,12 @@ def main() -> None:
 def run() -> None:
     """Run the agent in the foreground.
 
+    SIGHUP makes it read its configuration anew.
     SIGTERM or Ctrl-C ends it in order; at the second one it leaves at once, and loses nothing.
     """
     loaded = settings_in_effect()
     _leave_out_rich()
     os.umask(_UMASK)
-    _configure_logs(loaded.settings)
     _run(loaded)
 
 
@@ -43,10 +48,10 @@ def _leave_out_rich() -> None:
     del sys.modules["rich"]
 
 
-def _configure_logs(settings: Settings) -> None:
-    from agent.observe.logs import Redactor, configure
+def _configure_logs(redactor: Redactor, settings: Settings) -> None:
+    """Log as *settings* say; no secret of theirs, nor of those before, is ever shown."""
+    from agent.observe.logs import configure
 
-    redactor = Redactor()
     for upstream in (settings.upstream, *settings.upstreams.values()):
         if upstream.write_key is not None:
             redactor.add(upstream.write_key.reveal())
@@ -57,13 +62,15 @@ def _configure_logs(settings: Settings) -> None:
 
 def _run(loaded: Loaded) -> None:
     from agent import daemon
+    from agent.observe.logs import Redactor
 
+    running = daemon.run(loaded, os.environ, partial(_configure_logs, Redactor()))
     try:
         import uvloop
     except ImportError:  # no wheel for this machine
-        asyncio.run(daemon.run(loaded, os.environ))
+        asyncio.run(running)
     else:
-        uvloop.run(daemon.run(loaded, os.environ))
+        uvloop.run(running)
 
 
 # First in the help: everything else is about it.

@@ -8,7 +8,8 @@ their values, and where each came from. Two kinds of fault:
     problem       something outside the file is not right yet (no key file, no certificate): a
                   sentence in `Loaded.problems`. The daemon runs and stores; events wait.
 
-Does not own what a setting does. Called once at start-up by the commands and the daemon.
+Does not own what a setting does. Called at start-up by the commands and the daemon, and again by
+the daemon when it is told to read anew, or when a file beside the configuration changed.
 """
 
 from __future__ import annotations
@@ -111,18 +112,50 @@ def load(
         except ValueError as exc:
             faults.append(f"{given.where} = {shown(key, given.raw)}: {exc}")
         origins[key.dotted] = given.origin
-    claims, unread = _app_keys(values, names)
+    claims, _ = _app_keys(values, names)
     faults.extend(
         f"{file or 'environment'}: {fault}"
         for fault in (*_contradictions(values, origins, names), *_disputes(claims))
     )
     if faults:
         raise ConfigError("\n".join(faults))
+    return _settled(values, origins, environ, file, names)
+
+
+def refresh(loaded: Loaded, environ: Mapping[str, str]) -> Loaded:
+    """Return *loaded* with the files beside the configuration read anew; itself it is not."""
+    if any(problem.startswith(f"{_KEY_PROBLEM}:") for problem in loaded.problems):
+        return loaded  # the configuration itself holds what is no key: no file mends that
+    names = sorted(loaded.settings.upstreams)
+    values = {key.dotted: _value_of(loaded.settings, key) for key in keys_with(names).values()}
+    origins = dict(loaded.origins)
+    if values["upstream.write_key_file"] or origins[_KEY_PROBLEM] == _CREDENTIAL_ORIGIN:
+        values[_KEY_PROBLEM] = None
+    return _settled(values, origins, environ, loaded.file, names)
+
+
+def files_beside(loaded: Loaded, environ: Mapping[str, str]) -> tuple[Path, ...]:
+    """Return the files that [upstream] draws from, there or not: the key's and those of TLS."""
+    upstream = loaded.settings.upstream
+    key = upstream.write_key_file or _credential_path(CREDENTIAL, environ, loaded.file)
+    files = (key, upstream.ca_file, upstream.client_cert, upstream.client_key)
+    return tuple(file for file in files if file is not None)
+
+
+def _settled(
+    values: dict[str, Any],
+    origins: dict[str, str],
+    environ: Mapping[str, str],
+    file: Path | None,
+    names: Sequence[str],
+) -> Loaded:
+    """Return the decoded *values* with what lies outside of the file."""
+    claims, unread = _app_keys(values, names)
     problems = list(unread)
     for name in ("", *names):
         problems += _settle_key(name, values, origins, environ, file)
         problems += _file_problems(_section(name), values)
-    problems += _near(environ, keys)
+    problems += _near(environ, keys_with(names))
     if values.get("outbox.path", Path()) == Path():
         values["outbox.path"], origins["outbox.path"] = _outbox_path(environ, file)
     return Loaded(
@@ -433,6 +466,9 @@ def _disputes(claims: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 # --- what lies outside the file ---
 
+_KEY_PROBLEM = "upstream.write_key"
+_CREDENTIAL_ORIGIN = f"credential {CREDENTIAL}"
+
 
 def _app_keys(
     values: Mapping[str, Any], names: Sequence[str]
@@ -497,18 +533,20 @@ def _settle_key(
 
 
 def _credential(name: str, environ: Mapping[str, str], file: Path | None) -> Path | None:
-    """Return the file of a systemd credential, if there is one.
+    """Return the file of a systemd credential, if there is one."""
+    credential = _credential_path(name, environ, file)
+    return credential if credential is not None and credential.exists() else None
+
+
+def _credential_path(name: str, environ: Mapping[str, str], file: Path | None) -> Path | None:
+    """Return where a systemd credential would be.
 
     A person's command has none handed over; with the system's configuration it means the service,
     and reads what the unit loads.
     """
     if folder := environ.get("CREDENTIALS_DIRECTORY"):
-        credential = Path(folder) / name
-    elif file == SYSTEM_FILE:
-        credential = SYSTEM_FILE.with_name(name)
-    else:
-        return None
-    return credential if credential.exists() else None
+        return Path(folder) / name
+    return SYSTEM_FILE.with_name(name) if file == SYSTEM_FILE else None
 
 
 def _read_key(path: Path) -> WriteKey | None:

@@ -1,9 +1,10 @@
-"""The daemon: what is made of what, in which order it starts, and how it ends.
+"""The daemon: what is made of what, in which order it starts, what may change, and how it ends.
 
     outbox (lock, recovery, migration) ⊃ writer ⊃ forwarder ⊃ salvage, upkeep ⊃ server ⊃ READY
 
 Nesting is shutdown order: the server stops accepting and finishes its answers, the forwarder ends
 what is in flight, the writer commits what is queued, checkpoints and closes. Knows no details.
+`_Parts` hands a configuration read anew to all whom it concerns.
 """
 
 from __future__ import annotations
@@ -12,15 +13,24 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, MutableMapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+import sys
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    MutableMapping,
+)
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
 from agent import __version__
 from agent.clock import Clock, SystemClock
-from agent.config import Loaded
+from agent.config import Loaded, files_beside, refresh
 from agent.console.control import PREFIX, Control
 from agent.console.status import worst
 from agent.errors import OutboxError
@@ -28,8 +38,10 @@ from agent.forward.backoff import Backoff
 from agent.forward.budget import Budget, Window
 from agent.forward.disposition import GiveUp
 from agent.forward.forwarder import Forwarder, Plan, forwarding
+from agent.forward.link import watching
+from agent.forward.succession import Succession, succession
 from agent.forward.tally import open_tally, tally_path
-from agent.forward.upstream import Target, Upstream, open_upstream
+from agent.forward.upstream import Target, tls_fault
 from agent.ingest.destinations import Destinations
 from agent.ingest.guard import Guard
 from agent.ingest.routes import Mount, Routes
@@ -39,6 +51,7 @@ from agent.outbox.records import label
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.upkeep import Retention, keep_up
 from agent.outbox.writer import Policy, Writer, open_writer
+from agent.rereading import LOOK_S, Rereading, stamps
 from agent.settings import Settings
 from agent.systemd import Notifier, WatchdogGate, inherited_sockets, watchdog_interval_s
 from agent.units import time_window
@@ -52,39 +65,52 @@ _STALL_S = 20.0
 log = structlog.get_logger()
 
 
-async def run(loaded: Loaded, environ: MutableMapping[str, str]) -> None:
-    """Run the agent until SIGTERM or SIGINT. Raises `AgentError` if it cannot start."""
+async def run(
+    loaded: Loaded, environ: MutableMapping[str, str], log_as: Callable[[Settings], None]
+) -> None:
+    """Run the agent until SIGTERM or SIGINT. Raises `AgentError` if it cannot start.
+
+    *log_as* makes the logs what settings say, and must know their secrets before anybody else.
+    """
+    noticed = stamps(files_beside(loaded, environ))
+    loaded = refresh(loaded, environ)  # what changed before the stamps, at the latest
     settings, clock = loaded.settings, SystemClock()
+    log_as(settings)
     notifier = Notifier.from_environ(environ)
-    interrupted = asyncio.Event()
-    _stop_on_signals(interrupted)
+    interrupted, told = asyncio.Event(), asyncio.Event()
+    _obey_signals(interrupted, told)
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         writer = await enter(open_writer(settings.outbox.path, _policy(settings), clock))
         # People's searches have a connection of their own: they must not hold up delivery.
         searcher = await enter(open_own_reader(settings.outbox.path, on_damage=writer.suspect))
         ledger = await searcher.ledger()
-        forwarders = {
-            name: Forwarder(
+        forwarders: dict[str, Forwarder] = {}
+        upstreams: dict[str, Succession] = {}
+
+        async def look() -> None:
+            await rereading.look()
+
+        for name in ("", *settings.upstreams):
+            unconfigured = loaded.missing(name)
+            upstream = upstreams[name] = await enter(succession(clock, look))
+            if not unconfigured:
+                await upstream.take_over(
+                    _target(settings, name), connections=settings.forward.concurrency
+                )
+            forwarders[name] = Forwarder(
                 writer=writer,
                 # Of its own, so that one that reads past a backlog keeps no other waiting.
                 reader=await enter(open_own_reader(settings.outbox.path, on_damage=writer.suspect)),
-                upstream=None
-                if loaded.missing(name)
-                else await enter(_upstream(settings, name, clock)),
+                upstream=None if unconfigured else upstream,
                 plan=_plan(settings, name),
                 tally=stack.enter_context(open_tally(tally_path(settings.outbox.path, name))),
                 clock=clock,
                 rng=random.Random(),  # noqa: S311  # spreads load, guards nothing
-                unconfigured=loaded.missing(name) or "",
+                unconfigured=unconfigured or "",
                 paused=ledger.pauses(name),
                 name=name,
             )
-            for name in ("", *settings.upstreams)
-        }
-        await enter(_forwarding_each(forwarders.values()))
-        await enter(_background(salvage_damaged(writer)))
-        await enter(_background(keep_up(writer, clock, _retention(settings))))
         control = Control(
             reader=searcher,
             writer=writer,
@@ -93,9 +119,23 @@ async def run(loaded: Loaded, environ: MutableMapping[str, str]) -> None:
             urls={name: settings.upstream_of(name).url for name in forwarders},
             max_bytes=int(settings.outbox.max_size),
         )
-        addresses = await enter(
-            _serving(settings, _routes(loaded, writer, clock, control), environ)
+        parts = _Parts(
+            settings=settings,
+            log_as=log_as,
+            writer=writer,
+            forwarders=forwarders,
+            upstreams=upstreams,
+            control=control,
+            guard=_guard(settings),
+            routes=_routes(loaded, writer, clock, control),
         )
+        rereading = Rereading(loaded, noticed, environ, parts)
+        await enter(_forwarding_each(forwarders.values()))
+        stack.enter_context(watching(parts.link_changed))
+        await enter(_background(salvage_damaged(writer)))
+        await enter(_background(keep_up(writer, clock, parts.retention)))
+        addresses = await enter(_serving(settings, parts.guard, parts.routes, environ))
+        await enter(_background(_follow(rereading, told, notifier, clock, searcher, forwarders)))
         await enter(_background(_report(notifier, searcher, forwarders)))
         await enter(_background(_feed_watchdog(notifier, writer, clock, environ)))
         log.info(
@@ -115,6 +155,59 @@ async def run(loaded: Loaded, environ: MutableMapping[str, str]) -> None:
         notifier.stopping("finishing what is in flight")
         log.info("agent.stop_requested")
     log.info("agent.stopped")
+
+
+@dataclass(slots=True, kw_only=True)
+class _Parts:
+    """What goes by the configuration, and the *settings* that it goes by."""
+
+    settings: Settings
+    log_as: Callable[[Settings], None]
+    writer: Writer
+    forwarders: Mapping[str, Forwarder]
+    upstreams: Mapping[str, Succession]
+    control: Control
+    guard: Guard
+    routes: Routes
+
+    def fault(self, settings: Settings) -> str | None:
+        return tls_fault(_target(settings, ""))
+
+    async def adopt(self, loaded: Loaded) -> None:
+        self.settings = settings = loaded.settings
+        self.log_as(settings)  # first: it masks the new key
+        self.writer.adopt(_policy(settings))
+        self.guard.adopt(_guard(settings))
+        self.routes.max_body_bytes = settings.ingest.max_body
+        self.control.adopt(upstream=settings.upstream.url, max_bytes=int(settings.outbox.max_size))
+        for name, forwarder in self.forwarders.items():
+            await _redirect(forwarder, self.upstreams[name], settings, name, loaded.missing(name))
+
+    def link_changed(self) -> None:
+        for forwarder in self.forwarders.values():
+            forwarder.link_changed()
+
+    def note(self, problem: str | None) -> None:
+        self.control.config_problem = problem
+
+    def retention(self) -> Retention:
+        return _retention(self.settings)
+
+
+async def _redirect(
+    forwarder: Forwarder,
+    upstream: Succession,
+    settings: Settings,
+    name: str,
+    unconfigured: str | None,
+) -> None:
+    """Make the *forwarder* of one upstream go by *settings*: what it held is tried at once."""
+    if unconfigured:
+        forwarder.adopt(None, _plan(settings, name), unconfigured)
+    else:
+        # Anew even where no key changed: what the files of TLS hold may have.
+        await upstream.take_over(_target(settings, name), connections=settings.forward.concurrency)
+        forwarder.adopt(upstream, _plan(settings, name))
 
 
 # --- settings, as each part wants them ---
@@ -157,11 +250,11 @@ def _plan(settings: Settings, name: str) -> Plan:
     )
 
 
-def _upstream(settings: Settings, name: str, clock: Clock) -> AbstractAsyncContextManager[Upstream]:
+def _target(settings: Settings, name: str) -> Target:
     upstream = settings.upstream_of(name)
     if upstream.write_key is None:
         raise AssertionError("an upstream without its key counts as not configured")
-    target = Target(
+    return Target(
         url=upstream.url,
         authorization=upstream.write_key.authorization,
         bare_key=upstream.write_key.bare,
@@ -172,7 +265,6 @@ def _upstream(settings: Settings, name: str, clock: Clock) -> AbstractAsyncConte
         client_key=upstream.client_key,
         proxy=upstream.proxy or None,
     )
-    return open_upstream(target, clock, connections=settings.forward.concurrency)
 
 
 def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> Routes:
@@ -187,19 +279,24 @@ def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> R
             Mount(PREFIX, control.answer),
             Mount("/healthz", control.health),
             Mount("/readyz", control.readiness),
+            Mount("/metrics", control.metrics),
         ),
     )
 
 
-def _serving(
-    settings: Settings, routes: Routes, environ: MutableMapping[str, str]
-) -> AbstractAsyncContextManager[list[str]]:
+def _guard(settings: Settings) -> Guard:
     ingest = settings.ingest
-    guard = Guard(
+    return Guard(
         allowed_hosts=frozenset(ingest.allowed_hosts),
         allowed_origins=frozenset(ingest.allowed_origins),
         max_body_bytes=ingest.max_body,
     )
+
+
+def _serving(
+    settings: Settings, guard: Guard, routes: Routes, environ: MutableMapping[str, str]
+) -> AbstractAsyncContextManager[list[str]]:
+    ingest = settings.ingest
     return serving(
         guard,
         routes.answer,
@@ -222,6 +319,28 @@ async def _background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[Non
             yield
         finally:
             running.cancel()
+
+
+async def _follow(
+    rereading: Rereading,
+    told: asyncio.Event,
+    notifier: Notifier,
+    clock: Clock,
+    reader: Reader,
+    forwarders: Mapping[str, Forwarder],
+) -> None:
+    """Read the configuration anew when *told*, and look after the files beside it."""
+    while True:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_S):
+                await told.wait()
+        if not told.is_set():
+            await rereading.look()
+            continue
+        told.clear()  # first: who asks again meanwhile has changed something since
+        notifier.reloading(clock.monotonic_s())
+        await rereading.reload()
+        notifier.ready(await _summary(reader, forwarders))
 
 
 @asynccontextmanager
@@ -290,8 +409,12 @@ async def _feed_watchdog(
         await asyncio.sleep(interval_s)
 
 
-def _stop_on_signals(interrupted: asyncio.Event) -> None:
-    """Stop in order at the first signal; at the second leave at once, for nothing stored can be lost."""
+def _obey_signals(interrupted: asyncio.Event, told: asyncio.Event) -> None:
+    """Stop in order at the first signal; at the second leave at once, for nothing stored can be lost.
+
+    SIGHUP asks to read the configuration anew, but for one case: the terminal went away.
+    """
+    on_terminal = sys.stderr.isatty()
 
     def stop() -> None:
         if interrupted.is_set():
@@ -301,3 +424,11 @@ def _stop_on_signals(interrupted: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+
+    def hang_up() -> None:
+        if on_terminal and not sys.stderr.isatty():
+            stop()
+        else:
+            told.set()
+
+    loop.add_signal_handler(signal.SIGHUP, hang_up)

@@ -45,8 +45,15 @@ class Notifier:
         return cls(environ.pop("NOTIFY_SOCKET", "") or None)
 
     def ready(self, text: str) -> None:
-        """Say that start-up is over; *text* is what `systemctl status` shows."""
+        """Say that start-up, or a reload, is over; *text* is what `systemctl status` shows."""
+        # What was not heard of a reload is over, too: said along, it would seem to begin now.
+        for name in ("RELOADING", "MONOTONIC_USEC"):
+            self._owed.pop(name, None)
         self._tell(READY="1", STATUS=_one_line(text))
+
+    def reloading(self, monotonic_s: float) -> None:
+        """Say that the configuration is read anew; `ready` ends that. Source: sd_notify(3)."""
+        self._tell(RELOADING="1", MONOTONIC_USEC=str(int(monotonic_s * 1_000_000)))
 
     def status(self, text: str) -> None:
         """Say in one line how things stand."""

@@ -134,6 +134,12 @@ class AgentProcess:
     async def status(self) -> dict[str, Any]:
         return await self.ask("GET", "status")
 
+    async def get(self, path: str) -> str:
+        """Return what a GET of *path* is answered with 200."""
+        async with self._session.get(f"{self.url}{path}") as response:
+            assert response.status == 200
+            return await response.text()
+
     async def ask(
         self, method: str, path: str, body: object = None, *, content_type: str = ""
     ) -> dict[str, Any]:

@@ -245,6 +245,96 @@ def test_flush_forgets_no_failure() -> None:
     assert failures(link) == 2
 
 
+def test_another_network_ends_a_backoff_by_one_probe() -> None:
+    link = breaker()
+    link.fail(admitted(link), 100.0, "down")
+    link.probe_early(100.1)
+    assert admitted(link, 100.1).probe
+    assert link.admit(100.1, in_flight=1) is None
+
+
+def test_an_early_probe_that_fails_counts_as_any_other() -> None:
+    link = breaker()
+    link.fail(admitted(link), 100.0, "down")
+    link.probe_early(100.1)
+    link.fail(admitted(link, 100.1), 100.2, "down")
+    assert failures(link) == 2
+    assert link.admit(100.2, in_flight=0) is None
+
+
+def test_another_network_does_not_shorten_the_wait_that_the_upstream_asked_for() -> None:
+    link = breaker()
+    link.fail(admitted(link), 100.0, "429", retry_after_s=60.0)
+    link.probe_early(100.1)
+    assert opened(link) >= 160.0
+
+
+def test_a_backoff_after_one_that_the_upstream_asked_for_ends_early_again() -> None:
+    link = breaker()
+    link.fail(admitted(link), 100.0, "429", retry_after_s=60.0)
+    link.fail(admitted(link, 1_000.0), 1_000.0, "down")
+    link.probe_early(1_000.1)
+    assert opened(link) == 1_000.1
+
+
+def test_another_network_leaves_a_hold_to_the_person_who_must_mend_it() -> None:
+    link = breaker()
+    link.hold(admitted(link), 100.0, "401")
+    until_s = opened(link)
+    link.probe_early(100.1)
+    assert opened(link) == until_s
+
+
+def test_a_probe_that_was_out_when_the_network_changed_is_followed_by_another_at_once() -> None:
+    link = breaker()
+    link.fail(admitted(link), 100.0, "down")
+    probe = admitted(link, 1_000.0)
+    link.probe_early(1_000.5)
+    link.fail(probe, 1_001.0, "down")
+    again = admitted(link, 1_001.0)
+    link.fail(again, 1_002.0, "down")
+    assert opened(link) > 1_002.0
+
+
+def adopt(link: Breaker, now_s: float, *, ceiling: int = 8) -> None:
+    terms = Backoff(base_s=1.0, cap_s=CAP_S)
+    link.adopt(terms, ceiling=ceiling, hold_probe_s=HOLD_PROBE_S, now_s=now_s)
+
+
+@pytest.mark.parametrize("stop", [Breaker.fail, Breaker.hold])
+def test_other_terms_let_one_probe_go_now(stop: Callable[..., None]) -> None:
+    link = breaker()
+    stop(link, admitted(link), 100.0, "why")
+    adopt(link, 100.1)
+    assert admitted(link, 100.1).probe
+
+
+def test_a_probe_sent_before_other_terms_prolongs_no_hold() -> None:
+    link = breaker()
+    link.hold(admitted(link), 100.0, "401")
+    late = admitted(link, 1_000.0)
+    adopt(link, 1_000.5)
+    link.hold(late, 1_001.0, "401")
+    assert admitted(link, 1_001.0).probe
+
+
+def test_what_was_in_flight_before_other_terms_stops_nothing() -> None:
+    link = breaker()
+    late = admitted(link)
+    adopt(link, 100.0)
+    link.hold(late, 100.1, "401")
+    link.fail(late, 100.1, "down")
+    assert kind(link) is Closed
+
+
+def test_a_lower_ceiling_counts_at_once() -> None:
+    link = breaker(ceiling=8)
+    for _ in range(4):
+        link.succeed(admitted(link))
+    adopt(link, 100.0, ceiling=2)
+    assert limit(link) == 2
+
+
 def test_flush_changes_nothing_while_events_flow_or_a_probe_is_out() -> None:
     link = breaker()
     link.flush(0.0)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from processes import AgentProcess, running_agent
+from prometheus_client.parser import text_string_to_metric_families
 
 import agent.__main__  # noqa: F401  # adds `run` to the commands
 from agent.console.commands import cli
@@ -246,3 +247,21 @@ async def test_the_events_are_listed_over_http_page_by_page(agent_process: Agent
     assert second["nextAfter"] is None
     refused = await agent_process.ask("GET", f"events?after={2**63}")
     assert refused["statusCode"] == 400
+
+
+async def test_the_metrics_say_what_status_says(agent_process: AgentProcess) -> None:
+    for number in range(3):
+        await agent_process.post(event(f"metric-{number}"))
+    now = await agent_process.until(lambda now: bool(now["delivered"] == 3))
+    text = await agent_process.get("/metrics")
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+
+    def value(name: str) -> float:
+        (sample,) = families[f"tranthor_agent_{name}"].samples
+        return float(sample.value)
+
+    assert (value("events_accepted"), value("events_delivered")) == (3, 3)
+    assert (value("events_pending"), value("events_ambiguous")) == (0, 0)
+    assert value("outbox_max_bytes") == now["outbox"]["max_bytes"]
+    states = {s.labels["state"]: s.value for s in families["tranthor_agent_state"].samples}
+    assert [state for state, in_force in states.items() if in_force] == ["flowing"]

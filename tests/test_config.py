@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import Loaded, effective, load, search_path
+from agent.config import (
+    Loaded,
+    effective,
+    files_beside,
+    load,
+    refresh,
+    search_path,
+)
 from agent.errors import ConfigError
 from agent.keys import example
 from agent.settings import Forward, Ingest, Outbox, Settings, Upstream
@@ -439,6 +446,44 @@ def test_an_absent_or_blank_credential_is_no_key_and_no_problem(
     assert loaded.settings.upstream.write_key is None
     assert loaded.origins["upstream.write_key"] == "default"
     assert loaded.problems == ()
+
+
+def test_the_files_beside_a_configuration_are_read_anew_and_it_is_not(tmp_path: Path) -> None:
+    key_file, config = tmp_path / "write_key", tmp_path / "config.toml"
+    key_file.write_text("key-1")
+    config.write_text('[upstream]\nurl = "https://a.example"\nwrite_key_file = "write_key"\n')
+    loaded = load(config, {})
+    key_file.write_text("key-2")
+    config.write_text("[nonsense]")
+
+    again = refresh(loaded, {})
+
+    assert again.settings.upstream.write_key == WriteKey("key-2")
+    assert again.settings.upstream.url == "https://a.example"
+    assert files_beside(again, {}) == (key_file,)
+
+
+def test_a_credential_that_comes_later_is_read_and_one_that_goes_is_none(tmp_path: Path) -> None:
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    loaded = load(None, environ, search=())
+    (tmp_path / "write_key").write_text("key-1")
+    with_key = refresh(loaded, environ)
+    (tmp_path / "write_key").write_text("\n")
+
+    assert with_key.settings.upstream.write_key == WriteKey("key-1")
+    assert refresh(with_key, environ).settings.upstream.write_key is None
+    assert files_beside(loaded, environ) == (tmp_path / "write_key",)
+
+
+def test_a_credential_does_not_stand_in_for_a_bad_key_of_the_configuration(tmp_path: Path) -> None:
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    (tmp_path / "write_key").write_text("key-1")
+    config = tmp_path / "config.toml"
+    config.write_text('[upstream]\nurl = "https://a.example"\nwrite_key = "clé"\n')
+    loaded = load(config, environ)
+
+    assert loaded.missing()
+    assert refresh(loaded, environ) == loaded
 
 
 def test_a_credential_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None:

@@ -394,7 +394,7 @@ def backlogged() -> tuple[Lanes, Outbox]:
     """Return lanes with a full window, and a backlog behind it that was counted."""
     lanes, outbox = Lanes(window=4, per_lane=2), Outbox(*[1, 2, 3] * 10)
     fill(lanes, outbox, limit=2)
-    waiting = [(e.seq, e.lane) for e in outbox.scan(after=lanes.cursor, limit=1000)]
+    waiting = [(e.seq, e.lane, 0) for e in outbox.scan(after=lanes.cursor, limit=1000)]
     lanes.counted(waiting)
     return lanes, outbox
 
@@ -486,10 +486,10 @@ class AnyHistory(RuleBasedStateMachine):
     def picked(self, data: st.DataObject) -> Claim:
         return self.sending.pop(data.draw(st.sampled_from(sorted(self.sending))))
 
-    def take(self, fit: Fit = ONE) -> Claim | None:
-        claim = self.lanes.take(self.now_s, fit=fit)
+    def take(self, fit: Fit = ONE, *, urgent: bool = False) -> Claim | None:
+        claim = self.lanes.take(self.now_s, fit=fit, urgent=urgent)
         if claim is None:
-            next_at_s = self.lanes.next_at_s()
+            next_at_s = self.lanes.next_at_s(urgent=urgent)
             assert next_at_s is None or next_at_s > self.now_s
             return None
         under_way = {e.seq: e.lane for other in self.sending.values() for e in other.heads}
@@ -516,10 +516,13 @@ class AnyHistory(RuleBasedStateMachine):
         self.settled.update(seqs_of(claim))
         self.unsynced.update(seqs_of(claim))
 
-    @rule(users=st.lists(st.integers(1, USERS), min_size=1, max_size=6))
-    def append(self, users: list[int]) -> None:
+    @rule(
+        users=st.lists(st.integers(1, USERS), min_size=1, max_size=6),
+        urgent=st.sampled_from([False, False, True]),
+    )
+    def append(self, users: list[int], urgent: bool) -> None:
         for user in users:
-            self.outbox.append(user)
+            self.outbox.append(user, urgent=urgent)
 
     @rule(limit=st.integers(1, 4))
     def scan(self, limit: int) -> None:
@@ -530,7 +533,7 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(limit=st.integers(1, 4))
     def count_ahead(self, limit: int) -> None:
         heads = self.outbox.scan(after=self.lanes.tail, limit=limit)
-        self.lanes.counted([(event.seq, event.lane) for event in heads])
+        self.lanes.counted([(event.seq, event.lane, event.urgent) for event in heads])
 
     @rule(limit=st.integers(1, 4))
     def look_ahead(self, limit: int) -> None:
@@ -551,6 +554,20 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(events=st.integers(1, 5))
     def send(self, events: int) -> None:
         self.take(Fit(events=events, batch_bytes=1 << 20))
+
+    @rule(events=st.integers(1, 3))
+    def send_urgent_ones(self, events: int) -> None:
+        """Whatever goes has an urgent event, or one of its user waits behind it."""
+        claim = self.take(Fit(events=events, batch_bytes=1 << 20), urgent=True)
+        if claim is None or not self.ordered or self.evicted:
+            return
+        known = [*self.outbox.pending.values(), *claim.heads]
+        # A claim that failed keeps its members: one of them is enough.
+        assert any(
+            other.urgent and other.lane == event.lane and other.seq >= event.seq
+            for event in claim.heads
+            for other in known
+        ), "sent although nothing of it is urgent"
 
     @precondition(lambda self: self.sending)
     @rule(data=st.data())
@@ -644,7 +661,7 @@ def test_what_was_passed_over_is_not_scanned_again() -> None:
     lanes.scanned([head(600, 1)], complete=False, upto=700)
 
     assert lanes.cursor == 700
-    lanes.counted([(800, 2)], upto=900)
+    lanes.counted([(800, 2, 0)], upto=900)
     assert lanes.tail == 900
     lanes.noticed([head(1000, 3)], upto=1100)
     assert lanes.tail == 1100

@@ -38,6 +38,7 @@ DECISIONS = (
     "outbox.salvage.log",
     "outbox.salvage.pages",
     "outbox.salvage.rows",
+    "reload",
     "settings",
     "units",
 )

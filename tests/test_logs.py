@@ -125,6 +125,20 @@ def test_lines_below_the_level_are_not_written(configure: Configure) -> None:
     assert [line["level"] for line in _parsed(stream)] == ["warning", "error"]
 
 
+def test_a_level_that_changes_counts_for_loggers_that_were_used_before(
+    configure: Configure,
+) -> None:
+    stream = configure(level="warning")
+    log = structlog.get_logger()
+    log.info("a.b")
+    configure(level="info", stream=stream)
+    log.info("c.d")
+    configure(level="error", stream=stream)
+    log.warning("e.f")
+
+    assert [line["event"] for line in _parsed(stream)] == ["c.d"]
+
+
 @pytest.mark.parametrize(("level", "log_format"), [("loud", "json"), ("info", "xml")])
 def test_an_unknown_level_or_format_is_refused(
     configure: Configure, level: str, log_format: str

@@ -168,6 +168,18 @@ def test_the_watchdog_is_fed_and_the_stop_is_announced(start_unit: StartUnit) ->
     assert [line["event"] for line in unit.log()][-1] == "agent.stopped"
 
 
+def test_a_reload_is_announced_and_its_end_too(start_unit: StartUnit) -> None:
+    unit = start_unit(KEY)
+    unit.hear("READY")
+
+    unit.process.send_signal(signal.SIGHUP)
+    unit.hear("RELOADING")
+    assert int(unit.said[-1]["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+    unit.hear("READY")
+
+    assert [line["event"] for line in unit.log()][-1] == "config.reloaded"
+
+
 @pytest.mark.parametrize("key", [None, "", "\n"], ids=["no file", "an empty file", "a blank line"])
 def test_without_a_key_it_is_ready_and_says_what_is_missing(
     start_unit: StartUnit, key: str | None

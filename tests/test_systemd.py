@@ -86,6 +86,30 @@ def test_status_stopping_and_watchdog_are_one_message_each(manager: socket.socke
     assert _heard(manager) == ["STOPPING=1", "STATUS=closing"]
 
 
+def test_a_reload_begins_at_an_instant_and_ends_with_ready(manager: socket.socket) -> None:
+    notifier = _notifier(manager)
+
+    notifier.reloading(12.345678)
+    notifier.ready("flowing")
+
+    assert _heard(manager) == ["RELOADING=1", "MONOTONIC_USEC=12345678"]
+    assert _heard(manager) == ["READY=1", "STATUS=flowing"]
+
+
+def test_a_reload_that_was_not_heard_of_does_not_seem_to_begin_when_it_is_over(
+    manager: socket.socket,
+) -> None:
+    notifier = _notifier(manager)
+    queued = _fill_queue(manager)
+
+    notifier.reloading(12.0)
+    for _ in range(queued):
+        manager.recv(16)
+    notifier.ready("flowing")
+
+    assert _heard(manager) == ["READY=1", "STATUS=flowing"]
+
+
 def test_a_line_break_in_a_status_adds_no_assignment(manager: socket.socket) -> None:
     _notifier(manager).status("held: 403\nMAINPID=1\r\nX=1")
 

@@ -190,12 +190,12 @@ async def test_what_waits_is_looked_at_for_one_upstream_however_large_its_bodies
         part = await reader.waiting(after=0, limit=1)
 
     lane = events[0].lane
-    assert {name: [seq for seq, _ in it.waiting] for name, it in found.items()} == {
+    assert {name: [seq for seq, *_ in it.waiting] for name, it in found.items()} == {
         "": [2, 4],
         "crm": [1, 5],
         "shop": [3],
     }
-    assert {lane_ for it in found.values() for _, lane_ in it.waiting} == {lane}
+    assert {lane_ for it in found.values() for _, lane_, _ in it.waiting} == {lane}
     assert (part.waiting, part.upto, part.more) == ([], 1, True)
 
 

@@ -1,4 +1,4 @@
-"""The control API under /api/agent/, and /healthz and /readyz: what the daemon tells and obeys.
+"""The control API under /api/agent/, /healthz, /readyz and /metrics: what the daemon tells and obeys.
 
 Plain requests in, plain answers out; `agent.daemon` mounts it on the listener, behind the guard.
 """
@@ -14,7 +14,7 @@ import msgspec
 from agent.clock import Clock
 from agent.console import dead_letters
 from agent.console.receipts import view
-from agent.console.status import Flow, Standing, collect
+from agent.console.status import Flow, Standing, Status, collect
 from agent.errors import OutboxError
 from agent.exchange import Answer, Request, answer_json, refuse
 from agent.outbox.reader import Reader
@@ -75,8 +75,14 @@ class Control:
         self._clock = clock
         self._urls = urls
         self._max_bytes = max_bytes
+        self.config_problem: str | None = None
+        """Why a configuration read anew was refused; None while the last one is in force."""
         # One search at a time: others wait here, not in the reader's thread, where none can end.
         self._searching = asyncio.Lock()
+
+    def adopt(self, *, upstream: str, max_bytes: int) -> None:
+        """Tell these from now on; *upstream* is the default one."""
+        self._urls, self._max_bytes = {**self._urls, "": upstream}, max_bytes
 
     async def answer(self, request: Request) -> Answer:
         """Answer one request below `PREFIX`."""
@@ -102,6 +108,19 @@ class Control:
         if why := self._writer.fault or self._writer.full:
             return refuse(503, "AGENT_NOT_READY", why, retry_after_s=RETRY_UNAVAILABLE_S)
         return answer_json({"status": "ready"})
+
+    async def metrics(self, request: Request) -> Answer:
+        """GET /metrics: the numbers of `status`, for Prometheus."""
+        if request.method != "GET":
+            return _not_found(request)
+        # Two MiB of library that most machines never want.
+        from agent.console.metrics import CONTENT_TYPE, exposition  # noqa: PLC0415
+
+        try:
+            status = await self._collected()
+        except OutboxError as exc:
+            return refuse_for(exc)
+        return Answer(status=200, body=exposition(status), content_type=CONTENT_TYPE)
 
     async def _route(self, request: Request) -> Answer:
         path = request.path.removeprefix(PREFIX)
@@ -155,19 +174,20 @@ class Control:
         return await self._status()
 
     async def _status(self) -> Answer:
-        return answer_json(
-            await collect(
-                self._reader,
-                now_ms=self._clock.wall_ms(),
-                upstreams={
-                    name: Standing(self._urls[name], link.flow())
-                    for name, link in self._links.items()
-                },
-                waiting=self._writer.waiting,
-                max_bytes=self._max_bytes,
-                full=self._writer.full,
-                fault=self._writer.fault,
-            )
+        return answer_json(await self._collected())
+
+    async def _collected(self) -> Status:
+        return await collect(
+            self._reader,
+            now_ms=self._clock.wall_ms(),
+            upstreams={
+                name: Standing(self._urls[name], link.flow()) for name, link in self._links.items()
+            },
+            waiting=self._writer.waiting,
+            max_bytes=self._max_bytes,
+            full=self._writer.full,
+            fault=self._writer.fault,
+            config_problem=self.config_problem,
         )
 
     async def _events(self, request: Request) -> Answer:

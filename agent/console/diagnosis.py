@@ -13,6 +13,8 @@ from typing import assert_never
 from agent.console.status import NEARLY_FULL, Report, State, Status, Unreadable
 from agent.outbox.records import Salvage
 
+_RELOAD = "reload the agent: systemctl reload tranthor-agent, or SIGHUP"
+
 
 class Level(Enum):
     """How much a finding matters. The value is its style for rich."""
@@ -48,7 +50,7 @@ def findings(report: Report, program: str) -> list[Finding]:
     if isinstance(report, Unreadable):
         return [Finding(Level.GRAVE, f"OUTBOX UNREADABLE: {report.reason}")]
     # Where nothing can be stored, that comes before whether anything is sent.
-    return [*_storing(report), _sending(report, program), *_left_over(report, program)]
+    return [*_storing(report, program), _sending(report, program), *_left_over(report, program)]
 
 
 def level(state: State) -> Level:
@@ -81,7 +83,7 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def _storing(status: Status) -> Iterator[Finding]:
+def _storing(status: Status, program: str) -> Iterator[Finding]:
     outbox = status.outbox
     if outbox.fault is not None:
         yield Finding(
@@ -95,7 +97,14 @@ def _storing(status: Status) -> Iterator[Finding]:
             Level.GRAVE,
             f"OUTBOX FULL: {outbox.full}",
             "apps are answered 507 meanwhile; let events be delivered, or raise outbox.max_size"
-            " and restart the agent",
+            " and reload the agent",
+        )
+    if status.config_problem is not None:
+        yield Finding(
+            Level.GRAVE,
+            f"CONFIGURATION REFUSED: {status.config_problem}",
+            "the one before stays in force. Mend it, try it with"
+            f" {program} config check, then {_RELOAD}",
         )
 
 
@@ -117,8 +126,8 @@ def _sending(status: Status, program: str) -> Finding:
             return Finding(
                 Level.GRAVE,
                 f"HELD: {reason}",
-                "events are kept and wait. Mend it (after a change of the configuration restart the"
-                f" agent: systemctl restart tranthor-agent); to try now: {program} flush",
+                "events are kept and wait. Mend it (a key file is read again by itself; after any"
+                f" other change of the configuration {_RELOAD}); to try now: {program} flush",
             )
         case "paused":
             which = ", ".join(name for name, one in status.each.items() if one.state == "paused")
@@ -132,7 +141,7 @@ def _sending(status: Status, program: str) -> Finding:
                 Level.GRAVE,
                 f"NOT CONFIGURED: {reason}",
                 f"events are kept and wait. Set it, try it with {program} config check, then"
-                " restart the agent: systemctl restart tranthor-agent",
+                f" {_RELOAD}",
             )
         case "stopped":
             return Finding(
@@ -165,7 +174,7 @@ def _left_over(status: Status, program: str) -> Iterator[Finding]:
         yield Finding(
             Level.GRAVE,
             f"the outbox is nearly full ({outbox.bytes / outbox.max_bytes:.0%})",
-            "let events be delivered, or raise outbox.max_size and restart the agent",
+            "let events be delivered, or raise outbox.max_size and reload the agent",
         )
 
 

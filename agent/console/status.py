@@ -106,6 +106,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     outbox: OutboxStatus
     upstream: str
     version: str
+    config_problem: str | None = None
+    """Why a configuration read anew was refused, and the one before stays in force."""
     upstreams: dict[str, UpstreamStatus] | msgspec.UnsetType = msgspec.UNSET
 
     @property
@@ -170,6 +172,7 @@ async def collect(
     max_bytes: int,
     full: str | None = None,
     fault: str | None = None,
+    config_problem: str | None = None,
 ) -> Status:
     """Return the status of the outbox behind *reader* and of its *upstreams*, by name.
 
@@ -223,6 +226,7 @@ async def collect(
         ),
         upstream=upstreams[""].url,
         version=__version__,
+        config_problem=config_problem,
         upstreams={label(name): one for name, one in each.items()} if several else msgspec.UNSET,
     )
 

@@ -1,5 +1,12 @@
 """From the outbox to the upstream: what is sent when, and what an answer means.
 
-`backoff`, `breaker`, `disposition` and `lanes` decide and are pure; `upstream` makes one call;
+    lanes, census, claims   which events go next, and which go together
+    batch                   the bytes of those that do
+    breaker, concurrency    whether the upstream may be tried, and how much it bears at once
+    backoff, budget         how long to wait after a failure; what a metered link may carry
+    disposition, trials     what an answer means for the events; how those that failed have fared
+
+decide, and are pure. `upstream` makes one call, and `succession` puts another in its place; `link`
+hears when the machine's network changes; `tally` remembers over a kill what may have arrived;
 `forwarder` is the shell that reads clocks, runs tasks and carries decisions out.
 """

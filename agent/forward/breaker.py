@@ -6,7 +6,7 @@ A claim's own failures are `agent.forward.trials`' business.
 
                       failure, or FALTERS 5xx in a row, or "too much" said to a single one
     start ──▶ Closed ─────────────────────────────────────▶ Open(until) ◀──┐ failure: waits longer
-                ▲   │ misconfigured                           │ time, or flush
+                ▲   │ misconfigured                           │ time, flush, another network
                 │   └──────────────▶ Held(until) ──▶ HalfOpen: one claim as probe
                 │                       ▲  time, or flush   │  │
                 │                       └── misconfigured ──┘  │
@@ -46,11 +46,15 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Nothing is sent before *until_s*; *failures* counts those in a row."""
+    """Nothing is sent before *until_s*; *failures* counts those in a row.
+
+    *obeys* says that the upstream asked for the wait, by Retry-After.
+    """
 
     until_s: float
     failures: int
     why: str
+    obeys: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,8 @@ class Breaker:
         self._rng = rng
         self._epoch = 0
         self._falters = 0
+        self._eager = False
+        """Whether the network changed while the probe was out: its failure says nothing of now."""
         self._limit = Limit(ceiling)
         self._state: State = Closed()
 
@@ -175,7 +181,9 @@ class Breaker:
         if retry_after_s is not None:
             # Behind what was asked for, not at it: else all machines come back in one moment.
             wait_s += retry_after_s
-        self._enter(Open(now_s + wait_s, failures, why))
+        elif self._eager:
+            wait_s = 0.0
+        self._enter(Open(now_s + wait_s, failures, why, obeys=retry_after_s is not None))
 
     def hold(self, ticket: Ticket, now_s: float, why: str) -> None:
         """The agent is misconfigured: stop, and look again rarely."""
@@ -193,7 +201,39 @@ class Breaker:
         if isinstance(self._state, Open | Held):
             self._enter(replace(self._state, until_s=now_s))
 
+    def adopt(self, backoff: Backoff, *, ceiling: int, hold_probe_s: float, now_s: float) -> None:
+        """Go on by other terms, for another link: what waited is tried now.
+
+        Answers to what is in flight do not count any more, nor does a probe that is out.
+        """
+        self._backoff, self._hold_probe_s = backoff, hold_probe_s
+        self._limit.cap(ceiling)
+        match self._state:
+            case Closed():
+                self._enter(Closed())
+            case HalfOpen(waited) | (Open() | Held() as waited):
+                self._enter(replace(waited, until_s=now_s))
+            case _:
+                assert_never(self._state)
+
+    def probe_early(self, now_s: float) -> bool:
+        """The network changed: end a backoff by one probe; return whether there was one to end.
+
+        A probe that fails counts as any other. What a person must mend is not mended by a network,
+        and what the upstream asked for is obeyed.
+        """
+        match self._state:
+            case Open(obeys=False) as state:
+                self._enter(replace(state, until_s=now_s))
+                return True
+            case HalfOpen(Open()):
+                self._eager = True
+                return True
+            case _:
+                return False
+
     def _enter(self, state: State) -> None:
         self._state = state
         self._epoch += 1
         self._falters = 0
+        self._eager = False

@@ -80,6 +80,11 @@ class Limit:
         self._set(min(1.0, self.value))
         self.rests_until_s = None
 
+    def cap(self, ceiling: int) -> None:
+        """Go up to *ceiling* from now on."""
+        self._ceiling = ceiling
+        self._set(self.value)
+
     def _rest(self, now_s: float, took_s: float) -> None:
         rest_s = min(REST_MAX_S, took_s * (1 / self.value - 1)) if self.value < 1 else 0.0
         self.rests_until_s = now_s + rest_s if rest_s else None

@@ -190,17 +190,45 @@ class Forwarder:
         self._lanes.unpark()
         self._wake.set()
 
+    def adopt(self, upstream: Upstream | None, plan: Plan, unconfigured: str = "") -> None:
+        """Send to *upstream* and by *plan*, beginning now; what is in flight ends as it began."""
+        self._upstream, self._unconfigured = upstream, unconfigured
+        if _claims_by(plan) != _claims_by(self._plan):
+            self._stale = True  # other lanes, once nothing of these is under way
+        if plan.budget != self._plan.budget:
+            self._meter = Meter(plan.budget)
+        self._plan = plan
+        self._breaker.adopt(
+            plan.backoff,
+            ceiling=plan.concurrency,
+            hold_probe_s=plan.hold_probe_s,
+            now_s=self._clock.monotonic_s(),
+        )
+        self._lanes.unpark()
+        self._wake.set()
+
+    def link_changed(self) -> None:
+        """The machine's network changed: try once before a backoff is over."""
+        if self._breaker.probe_early(self._clock.monotonic_s()):
+            self._lanes.unpark()  # each that failed with the link waits for itself, too
+            self._wake.set()
+
     def flow(self) -> Flow:
         """Return how forwarding stands."""
+        now_s = self._clock.monotonic_s()
+        self._kept_back = self._ask_budget(now_s)
         state, reason = self._state()
-        opens_at_s = self._breaker.opens_at_s()
-        waits = state in {"backing_off", "held"} and opens_at_s is not None
+        match state:
+            case "backing_off" | "held":
+                until_s = self._breaker.opens_at_s()
+            case "waiting" if self._kept_back is not None:
+                until_s = self._kept_back.until_s
+            case _:
+                until_s = None
         return Flow(
             state=state,
             reason=reason,
-            next_attempt_in_s=max(0.0, opens_at_s - self._clock.monotonic_s())
-            if waits and opens_at_s is not None
-            else None,
+            next_attempt_in_s=None if until_s is None else max(0.0, until_s - now_s),
             last_error=self._last_error,
             last_error_ms=self._last_error_ms,
             in_flight=self._in_flight,
@@ -232,17 +260,16 @@ class Forwarder:
 
     async def run(self) -> None:
         """Forward until stopped. Its owner is `forwarding`."""
-        if self._upstream is None:
-            return
         async with asyncio.TaskGroup() as attempts:
             follower = attempts.create_task(self._follow_appends())
             while not self._stopping:
                 self._wake.clear()
-                await self._fill()
+                if self._upstream is not None:
+                    await self._fill()
                 now_s = self._clock.monotonic_s()
                 while (taken := self._take(now_s)) is not None:
                     self._in_flight += 1
-                    attempts.create_task(self._run_attempts(self._upstream, taken))
+                    attempts.create_task(self._run_attempts(taken))
                 await self._wait(now_s)
             follower.cancel()
 
@@ -286,7 +313,7 @@ class Forwarder:
                 return  # they belong to what was read before
             self._lanes = Lanes(ordered=self._plan.ordered)
             self._trials.clear()
-            self._stale, self._scan_due = False, True
+            self._stale, self._scan_due, self._ahead_counted = False, True, False
         lanes, urgent = self._lanes, self._plan.urgent
         while (starved := lanes.starved()) is not None:
             key, after, upto = starved
@@ -313,28 +340,27 @@ class Forwarder:
 
     async def _look_ahead(self) -> None:
         """Take in what is fresh at the tail; what came before that was never looked at is counted."""
-        lanes = self._lanes
-        if self._ahead_counted:
-            limit = min(SCAN, lanes.room_ahead)
-            scan = await self._reader.scan(
-                self._name,
-                after=max(lanes.tail, lanes.cursor),
-                limit=limit,
-                urgent=self._plan.urgent,
-            )
+        lanes, urgent = self._lanes, self._plan.urgent
+        after = max(lanes.tail, lanes.cursor)
+        limit = min(SCAN, lanes.room_ahead)
+        if self._ahead_counted and limit:
+            scan = await self._reader.scan(self._name, after=after, limit=limit, urgent=urgent)
             lanes.noticed(scan.heads, upto=scan.upto)
             self._ahead_due = scan.more
         else:
             glance = await self._reader.waiting(
-                self._name, after=max(lanes.tail, lanes.cursor), limit=COUNTED
+                self._name, after=after, limit=COUNTED, urgent=urgent
             )
             lanes.counted(glance.waiting, upto=glance.upto)
             self._ahead_counted = not glance.more
+            self._ahead_due = not self._ahead_counted
         self._ahead_at_s = self._clock.monotonic_s() + _LOOK_AHEAD_S
         self._wake.set()
 
     def _take(self, now_s: float) -> tuple[Claim, Ticket] | None:
-        if self._stopping or self._writer.rescuing or self._stale:
+        if self._upstream is None or self._stopping or self._writer.rescuing:
+            return None
+        if self._stale:
             return None
         if self._unsettled >= max(UNSETTLED, 2 * self._plan.batch):
             return None
@@ -390,11 +416,11 @@ class Forwarder:
 
     # --- an attempt ---
 
-    async def _run_attempts(self, upstream: Upstream, taken: tuple[Claim, Ticket] | None) -> None:
+    async def _run_attempts(self, taken: tuple[Claim, Ticket] | None) -> None:
         """Send *taken*, and what may go after it: while all is well no other task need wake."""
         try:
             while taken is not None:
-                await self._attempt(upstream, *taken)
+                await self._attempt(*taken)
                 # Not counted while it asks for the next one: the ceiling is for the others.
                 self._in_flight -= 1
                 taken = None if self._is_hungry() else self._take(self._clock.monotonic_s())
@@ -410,7 +436,7 @@ class Forwarder:
         lanes = self._lanes
         return lanes.starved() is not None or (self._scan_due and lanes.room >= SCAN)
 
-    async def _attempt(self, upstream: Upstream, claim: Claim, ticket: Ticket) -> None:
+    async def _attempt(self, claim: Claim, ticket: Ticket) -> None:
         try:
             bodies = await self._bodies(claim)
         except OutboxError as exc:
@@ -430,9 +456,14 @@ class Forwarder:
             return
         endpoint, body = self._request(claim, bodies)
         self._tally.sending(bodies)
-        outcome = await upstream.send(endpoint, body)
+        outcome = await self._send(endpoint, body)
         self._pay(len(bodies), len(body) + REQUEST_BYTES)
         self._conclude(claim, ticket, outcome)
+
+    async def _send(self, endpoint: Endpoint, body: bytes) -> Outcome:
+        if self._upstream is None:  # taken away meanwhile
+            return Unavailable(why=self._unconfigured)
+        return await self._upstream.send(endpoint, body)
 
     async def _bodies(self, claim: Claim) -> dict[int, bytes]:
         """Return what to send, by seq; without those that are not pending any more."""
@@ -571,6 +602,10 @@ class Forwarder:
                 self._log.warning("forwarder.backed_off", reason=reason)
             case _:
                 self._log.info("forwarder.recovered", after=before)
+
+
+def _claims_by(plan: Plan) -> tuple[object, ...]:
+    return plan.ordered, plan.urgent, plan.batch > 1
 
 
 def _tried(claim: Claim, now_ms: int) -> Claim:

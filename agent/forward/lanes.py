@@ -34,7 +34,7 @@ WINDOW = 2048
 """Events held in memory; with bodies of at most 4 KiB inline that is 8 MiB at the worst."""
 
 AHEAD = 512
-"""Fresh events held besides."""
+"""Events held besides: half of it for fresh ones, the other for urgent ones and what is before them."""
 
 PER_LANE = 64
 """Events held of one lane: enough that reading on costs little beside sending them."""
@@ -60,6 +60,7 @@ ONE = Fit(events=1, batch_bytes=0)
 @dataclass(slots=True, eq=False)
 class _Lane:
     key: int
+    user: int
     queue: deque[Head] = field(default_factory=deque)
     claimed: int = 0
     parked: bool = False
@@ -90,7 +91,8 @@ class Lanes:
         self._ready: deque[_Lane | Claim] = deque()
         self._fresh: deque[_Lane] = deque()
         self._fresh_turn = True
-        self._urgent = 0
+        self._urgent: dict[int, None] = {}
+        """The lanes with an urgent event before them, in order."""
         self._parked: list[tuple[float, int, Claim]] = []
         self._parked_events = 0
         self._parked_lanes = 0
@@ -111,6 +113,10 @@ class Lanes:
     @property
     def room_ahead(self) -> int:
         """How many fresh events may be taken in now."""
+        return max(0, self._room_for_urgent - AHEAD // 2)
+
+    @property
+    def _room_for_urgent(self) -> int:
         return max(0, self._window + AHEAD - (self.size - self._parked_events))
 
     def scanned(self, heads: list[Head], *, complete: bool, upto: int = 0) -> None:
@@ -135,45 +141,51 @@ class Lanes:
             self._census.clear()
             self._ahead.clear()
 
-    def counted(self, waiting: Iterable[tuple[int, int]], *, upto: int = 0) -> None:
-        """Count what comes next behind the tail, as (seq, lane), without taking it in."""
-        for seq, lane in waiting:
-            self.tail = seq
-            self._census.add(lane if self._ordered else seq)
+    def counted(self, waiting: Iterable[tuple[int, int, int]], *, upto: int = 0) -> None:
+        """Count what comes next behind the tail, as (seq, lane, urgent), without taking it in."""
+        for seq, lane, urgent in waiting:
+            self._count(seq, lane, urgent=bool(urgent))
         self.tail = max(self.tail, upto)
+
+    def _count(self, seq: int, user: int, *, urgent: bool) -> None:
+        self.tail = seq
+        self._census.add(user if self._ordered else seq)
+        if urgent:
+            self._urge(user, seq)
 
     def noticed(self, heads: Iterable[Head], *, upto: int = 0) -> None:
         """Take in the events next behind the tail whose users have nothing else unread."""
         for head in heads:
-            self.tail = head.seq
             key = self._key(head)
             lane = self._lanes.get(key)
             waits = lane is not None and (
-                lane.behind or lane.parked or len(lane.queue) >= self._per_lane
+                not lane.fresh or lane.behind or lane.parked or len(lane.queue) >= self._per_lane
             )
             if waits or self._census.holds(key):
-                self._census.add(key)
-                if head.urgent:
-                    self._urge(key, head.seq)
+                self._count(head.seq, head.lane, urgent=bool(head.urgent))
                 continue
+            self.tail = head.seq
             self._ahead.add(head.seq)
             self._welcome(self._lane(head, fresh=True), head)
         self.tail = max(self.tail, upto)
 
     def starved(self) -> tuple[int, int, int] | None:
-        """Return (lane, after, upto) of a lane that must be read on and may, or None."""
+        """Return (user, after, upto) of a lane that must be read on and may, or None."""
         if not self._starved:
             return None
         lane = self._starved[0]
-        if not (self.room_ahead if lane.fresh else self.room):
+        if not (self._room_for_urgent if lane.fresh else self.room):
             return None
-        return lane.key, lane.last_seq, max(self.cursor, lane.urgent_upto)
+        upto = max(self.cursor, lane.urgent_upto) if self._ordered else lane.key
+        return lane.user, lane.last_seq, upto
 
     def read_on(self, heads: list[Head], *, complete: bool, upto: int = 0) -> None:
         """Take in the next events of the lane that `starved` named; *complete*: up to where it said."""
         lane = self._starved.popleft()
         lane.behind = not complete
         for head in heads:
+            if head.seq in self._ahead:  # sent, and not settled yet
+                continue
             if head.seq > self.cursor:
                 self._ahead.add(head.seq)
                 self._census.remove(lane.key)
@@ -216,7 +228,7 @@ class Lanes:
         for head in heads:
             lane = self._lanes[self._key(head)]
             lane.claimed -= 1
-            self._leave(head)
+            self.size -= 1
             if not lane.claimed:
                 self._after(lane)
 
@@ -257,11 +269,20 @@ class Lanes:
 
     def next_at_s(self, *, urgent: bool = False) -> float | None:
         """Return from when `take` has an event: -inf for now, None while all are busy or there is none."""
-        if urgent and not self._urgent:
-            return None
+        if urgent:
+            return self._next_urgent_at_s()
         if self._ready or self._fresh:
             return float("-inf")
         return self._parked[0][0] if self._parked else None
+
+    def _next_urgent_at_s(self) -> float | None:
+        ready = any(
+            self._lanes[key].queue and not self._lanes[key].claimed for key in self._urgent
+        ) or any(
+            isinstance(each, Claim) and self._last_seqs(each).keys() & self._urgent.keys()
+            for each in self._ready
+        )
+        return float("-inf") if ready else None
 
     @property
     def parked(self) -> int:
@@ -273,7 +294,7 @@ class Lanes:
     def _next(self, *, urgent: bool, lanes_only: bool = False) -> _Lane | Claim | None:
         """Remove and return what is ready, fresh lanes and those of the backlog in turn."""
         if urgent:
-            return self._next_urgent()
+            return self._next_urgent(lanes_only=lanes_only)
         self._fresh_turn = not self._fresh_turn
         if self._fresh and (self._fresh_turn or not self._ready):
             return self._fresh.popleft()
@@ -281,30 +302,30 @@ class Lanes:
             return None
         return self._ready.popleft()
 
-    def _next_urgent(self) -> _Lane | Claim | None:
-        for lane in self._fresh:
-            if self._is_urgent(lane):
-                self._fresh.remove(lane)
+    def _next_urgent(self, *, lanes_only: bool) -> _Lane | Claim | None:
+        for key in self._urgent:
+            lane = self._lanes[key]
+            if lane.queue and not lane.claimed:
+                queue = self._fresh if lane in self._fresh else self._ready
+                queue.remove(lane)
                 return lane
-        for each in self._ready:
-            if self._is_urgent(each):
-                self._ready.remove(each)
-                return each
+        claims = [each for each in self._ready if isinstance(each, Claim) and not lanes_only]
+        for claim in claims:
+            if self._last_seqs(claim).keys() & self._urgent.keys():
+                self._ready.remove(claim)
+                return claim
         return None
 
-    def _is_urgent(self, each: _Lane | Claim) -> bool:
-        if isinstance(each, Claim):
-            return any(head.urgent for head in each.heads)
-        return each.queue[0].seq <= each.urgent_upto
-
-    def _urge(self, key: int, seq: int) -> None:
+    def _urge(self, user: int, seq: int) -> None:
         """Read this user's events up to the urgent one, before it is their turn."""
+        key = user if self._ordered else seq
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = _Lane(key, last_seq=self.cursor)
+            read_upto = self.cursor if self._ordered else seq - 1
+            lane = self._lanes[key] = _Lane(key, user, last_seq=read_upto)
             self._starved.append(lane)
         lane.fresh = lane.behind = True
-        lane.urgent_upto = seq
+        self._mark_urgent(lane, seq)
         if lane in self._starved:
             self._starved.remove(lane)
             self._starved.appendleft(lane)
@@ -318,7 +339,7 @@ class Lanes:
         key = self._key(head)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = _Lane(key, fresh=fresh)
+            lane = self._lanes[key] = _Lane(key, head.lane, fresh=fresh)
         return lane
 
     def _welcome(self, lane: _Lane, head: Head) -> None:
@@ -333,16 +354,15 @@ class Lanes:
         lane.last_seq = head.seq
         self.size += 1
         if head.urgent:
-            self._urgent += 1
-            lane.urgent_upto = max(lane.urgent_upto, head.seq)
+            self._mark_urgent(lane, head.seq)
 
-    def _leave(self, head: Head) -> None:
-        self.size -= 1
-        self._urgent -= head.urgent
+    def _mark_urgent(self, lane: _Lane, seq: int) -> None:
+        lane.urgent_upto = max(lane.urgent_upto, seq)
+        self._urgent[lane.key] = None
 
     def _drop_queue(self, lane: _Lane, last_seq: int) -> None:
         for head in lane.queue:
-            self._leave(head)
+            self.size -= 1
             if head.seq > self.cursor:
                 self._ahead.discard(head.seq)
                 self._census.add(lane.key)
@@ -359,6 +379,9 @@ class Lanes:
 
     def _after(self, lane: _Lane) -> None:
         """Put an idle lane where it belongs: ready, starved, or gone."""
+        first_seq = lane.queue[0].seq if lane.queue else lane.last_seq + 1
+        if first_seq > lane.urgent_upto or not (lane.queue or lane.behind):
+            self._urgent.pop(lane.key, None)
         if lane.queue:
             self._make_ready(lane)
         elif lane.behind and lane.fresh:

@@ -120,10 +120,7 @@ class HttpUpstream:
             # Here and not at the start: a file that comes later ends the hold without a restart.
             self._tls = self._tls or _tls(self._target)
         except OSError as exc:  # of ssl, too
-            return Misconfigured(
-                f"TLS files cannot be loaded ({exc}); check upstream.ca_file, client_cert and"
-                " client_key"
-            )
+            return Misconfigured(_why_no_tls(exc))
         try:
             async with self._session.post(
                 f"{self._root}/api/public/apps/{endpoint}",
@@ -195,6 +192,21 @@ def _outcome_of(exc: Exception) -> Outcome:
             return Unavailable(why="the upstream closed without an answer", ambiguous=True)
         case _:
             return Unavailable(why=f"the connection broke: {_reason(exc)}", ambiguous=True)
+
+
+def tls_fault(target: Target) -> str | None:
+    """Return why the TLS files of *target* are of no use; None if they are, or there are none."""
+    if target.ca_file is None and target.client_cert is None:
+        return None
+    try:
+        _tls(target)
+    except OSError as exc:
+        return _why_no_tls(exc)
+    return None
+
+
+def _why_no_tls(exc: OSError) -> str:
+    return f"TLS files cannot be loaded ({exc}); check upstream.ca_file, client_cert and client_key"
 
 
 def _reason(exc: BaseException) -> str:

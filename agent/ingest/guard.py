@@ -27,13 +27,22 @@ _PREFLIGHT_AGE_S = "600"
 """How long a browser may remember a preflight: ten minutes, so that a change is soon in force."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Guard:
-    """What the operator allows. *allowed_hosts* are names beside the loopback ones, without port."""
+    """What the operator allows. *allowed_hosts* are names beside the loopback ones, without port.
+
+    All connections share it, so that what the daemon changes here counts for the next request.
+    """
 
     allowed_hosts: frozenset[str]
     allowed_origins: frozenset[str]
     max_body_bytes: int
+
+    def adopt(self, other: Guard) -> None:
+        """Allow what *other* allows."""
+        self.allowed_hosts = other.allowed_hosts
+        self.allowed_origins = other.allowed_origins
+        self.max_body_bytes = other.max_body_bytes
 
     def judge(self, headers: Mapping[str, str], path: str) -> Answer | None:
         """Return the refusal that the head has earned; None if the body may be read."""

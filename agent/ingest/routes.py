@@ -54,7 +54,8 @@ class Routes:
     ) -> None:
         self._writer = writer
         self._clock = clock
-        self._max_body_bytes = max_body_bytes
+        self.max_body_bytes = max_body_bytes
+        """The largest body that is read as an event; it may change from one request to the next."""
         self._mounts = tuple(mounts)
         self._destinations = destinations or Destinations()
 
@@ -90,7 +91,7 @@ class Routes:
             event = parse_track(
                 request.body,
                 received_ms=self._clock.wall_ms(),
-                max_body_bytes=self._max_body_bytes,
+                max_body_bytes=self.max_body_bytes,
             )
         except InvalidEventError as exc:
             return refuse(exc.status, exc.code, str(exc))

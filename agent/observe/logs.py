@@ -53,7 +53,7 @@ def configure(level: str, log_format: str, stream: TextIO, redactor: Redactor) -
     """Send all log lines of this process to *stream*.
 
     *level* is one of LEVELS and *log_format* one of FORMATS: "auto" is "console" on a terminal,
-    else "json". May be called again; loggers that were already used keep what they had then.
+    else "json". May be called again: what it then says counts for every logger.
     """
     if level not in LEVELS:
         raise ConfigError(f"log level {level!r} is unknown: use one of {', '.join(LEVELS)}")
@@ -73,7 +73,8 @@ def configure(level: str, log_format: str, stream: TextIO, redactor: Redactor) -
         processors=[structlog.processors.add_log_level, *chain],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
         logger_factory=structlog.WriteLoggerFactory(sink),
-        cache_logger_on_first_use=True,
+        # A level that changes while the agent runs must reach loggers that were used before.
+        cache_logger_on_first_use=False,
     )
     _route_libraries(chain, sink, max(LEVELS[level], _LIBRARY_FLOOR))
 

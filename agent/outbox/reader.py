@@ -44,17 +44,20 @@ LISTED_BYTES = 65_536
 LOOKED = 20_000
 """Events of other upstreams that one query passes over at most: some 20 ms."""
 
+# A CASE, and no AND: SQLite may look at both sides of that.
+_URGENT = """CASE WHEN :names IS NULL THEN 0
+             ELSE COALESCE(json_extract(CAST(body AS TEXT), '$.event')
+                           IN (SELECT value FROM json_each(:names)), 0)
+        END"""
+
 # The name is that of `event`, whose rows are small: in `pending` it stands behind the body.
-_COLUMNS = """
+_COLUMNS = f"""
 SELECT pending.seq, lane, message_id, kind, attempts, failing_since_ms, length(body),
        CASE
-         WHEN event.upstream = :upstream AND length(body) <= :inline_bytes THEN body
+         WHEN event.upstream <> :upstream THEN NULL
+         WHEN length(body) <= :inline_bytes THEN body
        END,
-       CASE
-         WHEN :names IS NULL OR event.upstream <> :upstream THEN 0
-         ELSE COALESCE(json_extract(CAST(body AS TEXT), '$.event')
-                       IN (SELECT value FROM json_each(:names)), 0)
-       END,
+       CASE WHEN event.upstream <> :upstream THEN 0 ELSE {_URGENT} END,
        event.upstream
 """
 
@@ -106,21 +109,21 @@ SELECT MIN(CASE WHEN upstream = '' THEN seq END), MAX(seq), COUNT(*)
          WHERE seq > :after
          ORDER BY seq
          LIMIT :looked)
-"""  # noqa: S608  # made of constants
+"""  # noqa: S608  # as above
 
 _WAITING = f"""
-SELECT seq, lane, {_NAME}
+SELECT seq, lane, {_URGENT}, {_NAME}
   FROM pending
  WHERE seq > :after
-"""  # noqa: S608  # made of constants
+"""  # noqa: S608  # as above
 
-_WAITING_NAMED = """
-SELECT seq, lane, upstream
+_WAITING_NAMED = f"""
+SELECT seq, lane, {_URGENT}, upstream
   FROM pending INDEXED BY pending_named
  WHERE upstream = :upstream
    AND upstream <> ''
    AND seq > :after
-"""
+"""  # noqa: S608  # as above
 
 _STILL_PENDING = """
 SELECT seq
@@ -321,12 +324,19 @@ class Reader:
             return Scan(heads=heads, upto=heads[-1].seq, more=True)
         return Scan(heads=heads, upto=reach, more=reach < upto)
 
-    async def waiting(self, upstream: str = "", *, after: int, limit: int) -> Glance:
-        """Look at the next *limit* pending events behind *after*, for those of *upstream*."""
-        queue = _WAITING_NAMED if upstream else _WAITING
-        rows = await self._fetch(f"{queue} {_SCAN}", upstream=upstream, after=after, limit=limit)
+    async def waiting(
+        self, upstream: str = "", *, after: int, limit: int, urgent: Sequence[str] = ()
+    ) -> Glance:
+        """Look at the next *limit* pending events behind *after*, for those of *upstream*; as `scan`."""
+        rows = await self._fetch(
+            f"{_WAITING_NAMED if upstream else _WAITING} {_SCAN}",
+            upstream=upstream,
+            after=after,
+            limit=limit,
+            names=_names(urgent),
+        )
         return Glance(
-            waiting=[(seq, lane) for seq, lane, name in rows if name == upstream],
+            waiting=[(seq, lane, mark) for seq, lane, mark, name in rows if name == upstream],
             upto=rows[-1][0] if rows else after,
             more=len(rows) == limit,
         )

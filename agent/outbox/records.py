@@ -101,9 +101,12 @@ class Scan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Glance:
-    """What waits in one upstream's queue as far as the seq *upto*, as (seq, lane); *more* as in `Scan`."""
+    """What waits in one upstream's queue as far as the seq *upto*, as (seq, lane, urgent).
 
-    waiting: list[tuple[int, int]]
+    *more* as in `Scan`.
+    """
+
+    waiting: list[tuple[int, int, int]]
     upto: int
     more: bool
 

@@ -123,6 +123,10 @@ class Room:
                 )
         return verdicts
 
+    def adopt(self, policy: Policy) -> None:
+        """Go by *policy* from the next admission on; the reserve stays as large as it is."""
+        self._policy = policy
+
     def _quota_full(self, space: Space) -> OutboxFullError:
         self.lacks_disk = False
         self.full = (

@@ -6,6 +6,7 @@ In small transactions, so that events are stored and acked in between.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -37,11 +38,11 @@ class Retention:
     delivered_s: float
 
 
-async def keep_up(writer: Writer, clock: Clock, retention: Retention) -> None:
-    """Look after the outbox until cancelled."""
+async def keep_up(writer: Writer, clock: Clock, retention: Callable[[], Retention]) -> None:
+    """Look after the outbox until cancelled, each time by the *retention* of that moment."""
     while True:
         try:
-            await tend(writer, clock, retention)
+            await tend(writer, clock, retention())
         except OutboxError as exc:
             log.warning("outbox.upkeep_postponed", error=str(exc))
         await asyncio.sleep(INTERVAL_S)

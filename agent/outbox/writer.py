@@ -107,6 +107,11 @@ class Writer:
         self._begin()
         return settled
 
+    def adopt(self, policy: Policy) -> None:
+        """Go by *policy* from the next commit on."""
+        self._policy = policy
+        self._room.adopt(policy)
+
     async def perform(self, verb: Callable[[Store], T]) -> T:
         """Run *verb* in a transaction of its own, in the database's thread. Raises as `append` does."""
         self._refuse_if_broken()
