@@ -129,16 +129,24 @@ def refresh(loaded: Loaded, environ: Mapping[str, str]) -> Loaded:
     names = sorted(loaded.settings.upstreams)
     values = {key.dotted: _value_of(loaded.settings, key) for key in keys_with(names).values()}
     origins = dict(loaded.origins)
-    if values["upstream.write_key_file"] or origins[_KEY_PROBLEM] == _CREDENTIAL_ORIGIN:
-        values[_KEY_PROBLEM] = None
+    for name in ("", *names):
+        dotted = f"{_section(name)}.write_key"
+        if values[f"{dotted}_file"] or origins[dotted] == f"credential {_credential_of(name)}":
+            values[dotted] = None
     return _settled(values, origins, environ, loaded.file, names)
 
 
 def files_beside(loaded: Loaded, environ: Mapping[str, str]) -> tuple[Path, ...]:
-    """Return the files that [upstream] draws from, there or not: the key's and those of TLS."""
-    upstream = loaded.settings.upstream
-    key = upstream.write_key_file or _credential_path(CREDENTIAL, environ, loaded.file)
-    files = (key, upstream.ca_file, upstream.client_cert, upstream.client_key)
+    """Return the files that the configuration draws from, there or not: of keys and of TLS."""
+    files: list[Path | None] = []
+    for name in ("", *loaded.settings.upstreams):
+        upstream = loaded.settings.upstream_of(name)
+        key = upstream.write_key_file or _credential_path(
+            _credential_of(name), environ, loaded.file
+        )
+        files += (key, upstream.ca_file, upstream.client_cert, upstream.client_key)
+    for named in loaded.settings.upstreams.values():
+        files += named.app_key_files
     return tuple(file for file in files if file is not None)
 
 
@@ -467,7 +475,6 @@ def _disputes(claims: Mapping[str, Sequence[str]]) -> Iterator[str]:
 # --- what lies outside the file ---
 
 _KEY_PROBLEM = "upstream.write_key"
-_CREDENTIAL_ORIGIN = f"credential {CREDENTIAL}"
 
 
 def _app_keys(
@@ -507,7 +514,7 @@ def _settle_key(
     """Put the write key that counts into *values*, or yield what is wrong with it."""
     dotted = where = f"{_section(name)}.write_key"
     key: WriteKey | None = values.get(dotted)
-    credential = f"{CREDENTIAL}.{name}" if name else CREDENTIAL
+    credential = _credential_of(name)
     try:
         if path := values.get(f"{dotted}_file"):
             where, origins[dotted] = f"{dotted}_file = {toml(path)}", str(path)
@@ -530,6 +537,10 @@ def _settle_key(
         key = None
         yield f"{where}: cannot be read ({exc.strerror}); check the path and its permissions"
     values[dotted] = key
+
+
+def _credential_of(name: str) -> str:
+    return f"{CREDENTIAL}.{name}" if name else CREDENTIAL
 
 
 def _credential(name: str, environ: Mapping[str, str], file: Path | None) -> Path | None:

@@ -171,7 +171,12 @@ class _Parts:
     routes: Routes
 
     def fault(self, settings: Settings) -> str | None:
-        return tls_fault(_target(settings, ""))
+        faults = (
+            tls_fault(_target(settings, name))
+            for name in ("", *settings.upstreams)
+            if settings.upstream_of(name).write_key is not None
+        )
+        return next(filter(None, faults), None)
 
     async def adopt(self, loaded: Loaded) -> None:
         self.settings = settings = loaded.settings
@@ -179,6 +184,7 @@ class _Parts:
         self.writer.adopt(_policy(settings))
         self.guard.adopt(_guard(settings))
         self.routes.max_body_bytes = settings.ingest.max_body
+        self.routes.destinations = _destinations(loaded)
         self.control.adopt(upstream=settings.upstream.url, max_bytes=int(settings.outbox.max_size))
         for name, forwarder in self.forwarders.items():
             await _redirect(forwarder, self.upstreams[name], settings, name, loaded.missing(name))
@@ -272,9 +278,7 @@ def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> R
         writer,
         clock,
         max_body_bytes=loaded.settings.ingest.max_body,
-        destinations=Destinations(
-            tuple(loaded.settings.upstreams), loaded.app_keys, loaded.unknown_app_keys
-        ),
+        destinations=_destinations(loaded),
         mounts=(
             Mount(PREFIX, control.answer),
             Mount("/healthz", control.health),
@@ -282,6 +286,13 @@ def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> R
             Mount("/metrics", control.metrics),
         ),
     )
+
+
+def _destinations(loaded: Loaded) -> Destinations:
+    names = tuple(loaded.settings.upstreams)
+    # A new name has no forwarder before the next start, nor its key an event.
+    digests = {digest: name for digest, name in loaded.app_keys.items() if name in names}
+    return Destinations(names, digests, loaded.unknown_app_keys)
 
 
 def _guard(settings: Settings) -> Guard:

@@ -16,13 +16,13 @@ from typing import Any
 
 import msgspec
 
-from agent.settings import Settings
+from agent.settings import NamedUpstream, Settings
 
 AT_START = frozenset(
     {"ingest.host", "ingest.port", "ingest.unix_socket", "outbox.path", "log.format"}
 )
-"""What is bound, opened or begun once: listening sockets, the database, the form of the log. So is all
-under [upstreams.NAME]: each has a forwarder for life."""
+"""What is bound, opened or begun once: listening sockets, the database, the form of the log. So is
+which upstreams there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +51,19 @@ def decide(old: Settings, new: Settings, problems: Sequence[str]) -> Takeover | 
     """
     if problems and _can_deliver(old):
         return Refusal("; ".join(problems))
+    kept = _kept_upstreams(old, new)
     differing = [
         _dotted(section, key) for section, key in _keys() if _differ(old, new, section, key)
     ]
     return Takeover(
         settings=_keeping(old, new),
-        changed=tuple(key for key in differing if key not in AT_START),
+        changed=(
+            *(key for key in differing if key not in AT_START),
+            *(f"upstreams.{name}" for name in kept if kept[name] != old.upstreams[name]),
+        ),
         postponed=(
             *(key for key in differing if key in AT_START),
-            *(("upstreams",) if old.upstreams != new.upstreams else ()),
+            *(("upstreams",) if old.upstreams.keys() != new.upstreams.keys() else ()),
         ),
     )
 
@@ -78,7 +82,12 @@ def _keeping(old: Settings, new: Settings) -> Settings:
             if owner == section.name and _dotted(owner, key) in AT_START
         }
         sections[section.name] = msgspec.structs.replace(getattr(new, section.name), **kept)
-    return Settings(**sections, upstreams=old.upstreams)
+    return Settings(**sections, upstreams=_kept_upstreams(old, new))
+
+
+def _kept_upstreams(old: Settings, new: Settings) -> dict[str, NamedUpstream]:
+    """Return the sections in force of the names that there were: each has a forwarder for life."""
+    return {name: new.upstreams.get(name, section) for name, section in old.upstreams.items()}
 
 
 def _differ(old: Settings, new: Settings, section: str, key: str) -> bool:

@@ -68,7 +68,7 @@ def test_the_keys_of_a_start_are_keys() -> None:
     assert set(KEYS) > AT_START
 
 
-def test_named_upstreams_are_changed_by_the_next_start_alone() -> None:
+def test_which_upstreams_there_are_is_changed_by_the_next_start_alone() -> None:
     old = Settings(upstreams={"crm": NamedUpstream(url="https://a.example")})
     new = Settings(
         upstream=Upstream(url="https://b.example"),
@@ -78,8 +78,9 @@ def test_named_upstreams_are_changed_by_the_next_start_alone() -> None:
     verdict = decide(old, new, [])
 
     assert isinstance(verdict, Takeover)
-    assert (verdict.changed, verdict.postponed) == (("upstream.url",), ("upstreams",))
-    assert verdict.settings.upstreams == old.upstreams
+    assert verdict.changed == ("upstream.url", "upstreams.crm")
+    assert verdict.postponed == ("upstreams",)
+    assert verdict.settings.upstreams == {"crm": new.upstreams["crm"]}
     assert verdict.settings.upstream == new.upstream
 
 

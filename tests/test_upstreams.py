@@ -12,6 +12,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import signal
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
@@ -752,6 +753,51 @@ async def test_events_of_a_name_that_is_gone_wait_and_status_says_so(tmp_path: P
             assert await agent.stop() == 0
 
     assert ids(sandbox) == ["b", "a"]
+
+
+@pytest.mark.process
+async def test_the_right_key_in_its_file_ends_the_hold_of_a_named_one(tmp_path: Path) -> None:
+    sandbox = Sandbox("right")
+    key = tmp_path / "crm_key"
+    key.write_text("wrong")
+    async with sandbox.serving() as url:
+        sections = {
+            "upstream": section(url, "right"),
+            "upstreams.crm": f'url = "{url}"\nwrite_key_file = "crm_key"',
+            "forward": FORWARD,
+        }
+        async with running_agent(tmp_path, **sections) as agent:
+            await post(agent, sold("a"), to="crm")
+            await agent.until(lambda status: status["upstreams"]["crm"]["state"] == "held")
+            key.write_text("right")
+            await agent.until(lambda status: status["delivered"] == 1)
+            assert await agent.stop() == 0
+
+    assert ids(sandbox) == ["a"]
+
+
+@pytest.mark.process
+async def test_a_section_that_is_taken_out_stays_in_force_until_the_next_start(
+    tmp_path: Path,
+) -> None:
+    sandbox = Sandbox("right")
+    async with sandbox.serving() as url:
+        default = section(url, "right")
+        sections = {"upstream": default, "upstreams.crm": section(url, "right")}
+        async with running_agent(tmp_path, **sections) as agent:
+            text = agent.config.read_text()
+            agent.config.write_text(text.replace("[upstreams.crm]", "[upstreams.shop]"))
+            agent.process.send_signal(signal.SIGHUP)
+            while "config.postponed" not in agent.log.read_text():
+                assert agent.alive
+                await asyncio.sleep(0.02)  # another process
+            assert await post(agent, sold("a"), to="crm") == 204
+            assert await post(agent, sold("b"), to="shop") == 404
+            status = await agent.until(lambda status: status["delivered"] == 1)
+            assert await agent.stop() == 0
+
+    assert status["upstreams"].keys() == {"default", "crm"}
+    assert ids(sandbox) == ["a"]
 
 
 @pytest.mark.process

@@ -57,12 +57,12 @@ class Routes:
         self.max_body_bytes = max_body_bytes
         """The largest body that is read as an event; it may change from one request to the next."""
         self._mounts = tuple(mounts)
-        self._destinations = destinations or Destinations()
+        self.destinations = destinations or Destinations()
 
     def answer(self, request: Request) -> Reply:
         path, upstream = request.path, None
         if path.startswith(PREFIX):
-            destination = self._destinations.of_path(path)
+            destination = self.destinations.of_path(path)
             if isinstance(destination, Answer):
                 return destination
             upstream, path = destination
@@ -95,7 +95,7 @@ class Routes:
             )
         except InvalidEventError as exc:
             return refuse(exc.status, exc.code, str(exc))
-        destination = self._destinations.of_key(request) if upstream is None else upstream
+        destination = self.destinations.of_key(request) if upstream is None else upstream
         if isinstance(destination, Answer):
             return destination
         if destination:
