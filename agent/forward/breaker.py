@@ -1,16 +1,16 @@
-"""The breaker: whether anything may be sent now, and how much at once.
+"""The breaker: whether anything may be sent now.
 
-Owns the state of the link as a whole. Pure: instants (monotonic seconds) and randomness come in
-as arguments. An event's own failures are `agent.forward.lanes`' business.
+Owns the state of the link as a whole; while it is closed, `agent.forward.concurrency` says how much
+may be under way at once. Pure: instants (monotonic seconds) and randomness come in as arguments.
+A claim's own failures are `agent.forward.trials`' business.
 
-               success: limit doubles
-                 ┌──────┐  failure, or FALTERS 5xx in a row
-    start ──▶ Closed(limit) ─────────────────────────────▶ Open(until) ◀──┐ failure: waits longer
-                 ▲      │ misconfigured                       │ time, or flush
-                 │      └──────────────▶ Held(until) ──▶ HalfOpen: one event as probe
-                 │                          ▲  time, or flush   │  │
-                 │                          └── misconfigured ──┘  │
-                 └─────────────── success: limit 1 ────────────────┘
+                      failure, or FALTERS 5xx in a row, or "too much" said to a single one
+    start ──▶ Closed ─────────────────────────────────────▶ Open(until) ◀──┐ failure: waits longer
+                ▲   │ misconfigured                           │ time, or flush
+                │   └──────────────▶ Held(until) ──▶ HalfOpen: one claim as probe
+                │                       ▲  time, or flush   │  │
+                │                       └── misconfigured ──┘  │
+                └──────── success: one at a time ──────────────┘
 
 Every permission to send is a `Ticket` of the current epoch; each change of state begins a new one,
 so the answers to what was in flight when the link broke do not count twice.
@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from agent.forward.backoff import Backoff
+from agent.forward.concurrency import Limit
 
 FALTERS = 3
 """5xx in a row, nothing delivered between, that mean the upstream and not the event."""
@@ -30,17 +31,17 @@ FALTERS = 3
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """Permission to send one event. *probe* marks the single one of a half-open breaker."""
+    """Permission to send one claim, from *sent_s* on. *probe* marks the one of a half-open breaker."""
 
     epoch: int
+    round: int
+    sent_s: float
     probe: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """Events flow, at most *limit* at once."""
-
-    limit: int
+    """Events flow, as many at once as the limit says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,52 +78,69 @@ class Breaker:
         self, backoff: Backoff, *, ceiling: int, hold_probe_s: float, rng: random.Random
     ) -> None:
         self._backoff = backoff
-        self._ceiling = ceiling
         self._hold_probe_s = hold_probe_s
         self._rng = rng
         self._epoch = 0
         self._falters = 0
-        self._state: State = Closed(1)
+        self._limit = Limit(ceiling)
+        self._state: State = Closed()
 
     @property
     def state(self) -> State:
         return self._state
 
+    @property
+    def limit(self) -> float:
+        """How much may be under way at once while closed; below 1 with rests in between."""
+        return self._limit.value
+
     def admit(self, now_s: float, *, in_flight: int) -> Ticket | None:
         """Return leave to send one more beside *in_flight*, or None. A probe's ticket must be used."""
         match self._state:
-            case Closed(limit):
-                return Ticket(self._epoch, probe=False) if in_flight < limit else None
+            case Closed():
+                if now_s < (self._limit.rests_until_s or now_s):
+                    return None
+                return self._ticket(now_s) if self._limit.admits(in_flight) else None
             case Open() | Held() as state:
                 if now_s < state.until_s:
                     return None
                 self._enter(HalfOpen(state))
-                return Ticket(self._epoch, probe=True)
+                return self._ticket(now_s, probe=True)
             case HalfOpen():
                 return None
             case _:
                 assert_never(self._state)
+
+    def _ticket(self, now_s: float, *, probe: bool = False) -> Ticket:
+        return Ticket(self._epoch, self._limit.round, now_s, probe)
 
     def opens_at_s(self) -> float | None:
         """Return when waiting ends by time alone; None if it does not depend on time."""
         match self._state:
             case Open() | Held() as state:
                 return state.until_s
-            case Closed() | HalfOpen():
+            case Closed():
+                return self._limit.rests_until_s
+            case HalfOpen():
                 return None
             case _:
                 assert_never(self._state)
 
-    def succeed(self, ticket: Ticket) -> None:
-        """The upstream answered as it should (to a bad event, too)."""
+    def succeed(self, ticket: Ticket, now_s: float, *, delivered: int) -> None:
+        """The upstream answered as it should; *delivered* is 0 where it refused a bad event."""
         if ticket.epoch != self._epoch:
             return
         self._falters = 0
         match self._state:
-            case Closed(limit):
-                self._state = Closed(min(limit * 2, self._ceiling))
+            case Closed() if delivered:
+                self._limit.answered(
+                    now_s, took_s=now_s - ticket.sent_s, events=delivered, round_=ticket.round
+                )
+            case Closed():  # to refuse takes less time than to store
+                pass
             case HalfOpen():
-                self._enter(Closed(1))
+                self._enter(Closed())
+                self._limit.restart()
             case Open() | Held():
                 raise AssertionError("a ticket of this epoch while nothing is sent")
             case _:
@@ -135,6 +153,15 @@ class Breaker:
         self._falters += 1
         if ticket.probe or self._falters >= FALTERS:
             self.fail(ticket, now_s, why)
+
+    def push_back(self, ticket: Ticket, now_s: float, why: str) -> None:
+        """The upstream has too much, and did not say how long: less at once, or none for a while."""
+        if ticket.epoch != self._epoch:
+            return
+        if ticket.probe or self._limit.value <= 1:
+            self.fail(ticket, now_s, why)
+        else:
+            self._limit.refused(now_s, took_s=now_s - ticket.sent_s, round_=ticket.round)
 
     def fail(
         self, ticket: Ticket, now_s: float, why: str, *, retry_after_s: float | None = None
