@@ -18,6 +18,7 @@ DECISIONS = (
     "event",
     "forward.backoff",
     "forward.breaker",
+    "forward.concurrency",
     "forward.disposition",
     "forward.lanes",
     "ingest.guard",
