@@ -46,7 +46,7 @@ class OutboxStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of `status --json`; ages and waits in seconds.
 
-    *in_flight* counts requests, *limit* how many there may be now (below 1: with rests between).
+    *in_flight* counts requests, *limit* how many there may be now.
     *ambiguous* counts events that were sent again although they may have arrived.
     """
 

@@ -88,7 +88,7 @@ class Breaker:
         self._falters = 0
         self._eager = False
         """Whether the network changed while the probe was out: its failure says nothing of now."""
-        self._limit = Limit(ceiling)
+        self._limit = Limit(ceiling, rng)
         self._state: State = Closed()
 
     @property
@@ -97,7 +97,7 @@ class Breaker:
 
     @property
     def limit(self) -> float:
-        """How much may be under way at once while closed; below 1 with rests in between."""
+        """How much may be under way at once while closed."""
         return self._limit.value
 
     def admit(self, now_s: float, *, in_flight: int) -> Ticket | None:
@@ -146,7 +146,7 @@ class Breaker:
                 pass
             case HalfOpen():
                 self._enter(Closed())
-                self._limit.restart()
+                self._limit.restart(now_s, took_s=now_s - ticket.sent_s, events=delivered)
             case Open() | Held():
                 raise AssertionError("a ticket of this epoch while nothing is sent")
             case _:
@@ -164,10 +164,10 @@ class Breaker:
         """The upstream has too much, and did not say how long: less at once, or none for a while."""
         if ticket.epoch != self._epoch:
             return
-        if ticket.probe or self._limit.value <= 1:
-            self.fail(ticket, now_s, why)
-        else:
-            self._limit.refused(now_s, took_s=now_s - ticket.sent_s, round_=ticket.round)
+        alone = ticket.probe or self._limit.value <= 1
+        rest_s = self._limit.refused(round_=ticket.round)
+        if alone:
+            self.fail(ticket, now_s, why, retry_after_s=rest_s)
 
     def fail(
         self, ticket: Ticket, now_s: float, why: str, *, retry_after_s: float | None = None
