@@ -435,6 +435,39 @@ def test_flush_changes_nothing_while_events_flow_or_a_probe_is_out() -> None:
     assert link.admit(1e9, in_flight=0) is None
 
 
+# --- what the upstream asks for ----------------------------------------------------------------------
+
+
+def test_a_retry_after_to_a_request_of_before_the_break_is_obeyed_too() -> None:
+    link = breaker(ceiling=8)
+    early, late = admitted(link), Ticket(epoch=0, round=0, sent_s=0.0, probe=False)
+    link.fail(early, 1.0, "cut")
+    link.fail(late, 2.0, "429", retry_after_s=600.0)
+    assert opened(link) >= 602.0
+    assert link.admit(601.0, in_flight=0) is None
+    assert not link.probe_early(3.0), "another network ends no wait that was asked for"
+
+
+def test_what_was_asked_for_while_a_probe_was_out_holds_when_that_fails() -> None:
+    link = breaker()
+    before = admitted(link)
+    link.fail(before, 0.0, "cut")
+    probe = admitted(link, opened(link))
+    assert probe.probe
+    link.fail(before, probe.sent_s, "429", retry_after_s=600.0)
+    link.fail(probe, probe.sent_s + 1, "cut")
+    assert opened(link) >= probe.sent_s + 600.0
+
+
+def test_flush_ends_what_was_asked_for() -> None:
+    link = breaker()
+    link.fail(admitted(link), 0.0, "429", retry_after_s=600.0)
+    link.flush(1.0)
+    probe = admitted(link, 1.0)
+    link.fail(probe, 2.0, "cut")
+    assert opened(link) < 600.0
+
+
 # --- stale tickets -----------------------------------------------------------------------------------
 
 
