@@ -369,8 +369,8 @@ class Forward(msgspec.Struct, frozen=True, kw_only=True):
     give_up_after: Annotated[
         Seconds,
         Help(
-            "How long since its first 5xx such an event is tried at least, when others were delivered"
-            " meanwhile: then the event is at fault, not the upstream.",
+            "How long such an event is tried at least, counted from its first 5xx since the agent"
+            " started, when others were delivered meanwhile: then the event is at fault.",
             low=0,
             high=_CENTURY_S,
         ),

@@ -10,8 +10,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--deep",
         action="store_true",
-        help="run the fault proofs of tests/faults at full length (hours) instead of briefly",
+        help="run the proofs of tests/faults and tests/simulation at full length (hours) instead of briefly",
     )
+
+
+@pytest.fixture
+def tier(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """Choose how much is tried: `tier(quick, deep)`, the latter with `--deep`."""
+    deep = request.config.getoption("--deep")
+    return lambda quick, much: much if deep else quick
 
 
 def pytest_asyncio_loop_factories(

@@ -39,6 +39,24 @@ def test_the_command_measures_a_figure_and_writes_it_down(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [found], "it left something behind"
 
 
+@pytest.mark.process
+def test_the_herd_is_shown_beside_a_naive_one(tmp_path: Path) -> None:
+    done = subprocess.run(
+        (
+            *(sys.executable, "-m", "benchmarks.herd", "--machines", "100"),
+            *("--png", str(tmp_path / "herd.png")),
+        ),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (naive,) = [line for line in done.stdout.splitlines() if "every 10 s" in line]
+    assert "never" in naive
+
+
 def test_each_event_of_a_load_is_another_and_such_as_the_agent_takes() -> None:
     bodies = list(events.bodies(500, seed=1))
     assert bodies == list(events.bodies(500, seed=1)), "the bare client could not post the same"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from math import inf
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from agent.forward.backoff import Backoff
 from agent.forward.breaker import FALTERS, Breaker, Closed, HalfOpen, Held, Open, State, Ticket
+from agent.forward.concurrency import REST_MAX_S
 
 CAP_S = 300.0
 HOLD_PROBE_S = 60.0
@@ -33,9 +33,27 @@ def admitted(link: Breaker, now_s: float = 0.0, in_flight: int = 0) -> Ticket:
     return ticket
 
 
-def limit(link: Breaker) -> int:
+def succeed(link: Breaker, ticket: Ticket, took_s: float = 0.1, *, delivered: int = 1) -> None:
+    link.succeed(ticket, ticket.sent_s + took_s, delivered=delivered)
+
+
+def limit(link: Breaker, now_s: float = 0.0) -> int:
     """How many may be in flight."""
-    return next(n for n in range(100) if link.admit(0.0, in_flight=n) is None)
+    return next(n for n in range(100) if link.admit(now_s, in_flight=n) is None)
+
+
+def busy(link: Breaker, now_s: float = 0.0) -> list[Ticket]:
+    """Return tickets for as many as may be in flight."""
+    return [admitted(link, now_s, in_flight=n) for n in range(limit(link, now_s))]
+
+
+def grown(ceiling: int = 8) -> Breaker:
+    """Return a breaker that has come to its ceiling."""
+    link = breaker(ceiling=ceiling)
+    while link.limit < ceiling:
+        for ticket in busy(link):
+            succeed(link, ticket)
+    return link
 
 
 def failures(link: Breaker) -> int:
@@ -65,19 +83,39 @@ def test_a_new_breaker_sends_one_event_and_no_more_beside_it() -> None:
     assert link.admit(0.0, in_flight=1) is None
 
 
-def test_the_limit_doubles_with_each_success_up_to_the_ceiling() -> None:
-    link = breaker(ceiling=12)
+def test_the_limit_rises_with_quick_answers_up_to_the_ceiling() -> None:
+    link = breaker(ceiling=5)
     found = []
-    for _ in range(6):
+    for _ in range(20):
         found.append(limit(link))
-        link.succeed(admitted(link))
-    assert found == [1, 2, 4, 8, 12, 12]
+        for ticket in busy(link):
+            succeed(link, ticket)
+    assert found == sorted(found)
+    assert set(found) == {1, 2, 3, 4, 5}
+
+
+def test_a_refused_bad_event_says_nothing_about_how_much_is_borne() -> None:
+    link = breaker()
+    for _ in range(50):
+        succeed(link, admitted(link), delivered=0)
+    assert link.limit == 1
+
+
+def test_the_slow_answer_of_a_single_one_brings_a_rest() -> None:
+    link = breaker()
+    succeed(link, admitted(link))
+    slow = admitted(link)
+    succeed(link, slow, 5.0)
+    assert kind(link) is Closed
+    assert opened(link) > 5.0
+    assert link.admit(opened(link) - 1e-6, in_flight=0) is None
+    assert not admitted(link, opened(link)).probe
 
 
 def test_a_ceiling_of_one_stays_one() -> None:
     link = breaker(ceiling=1)
-    for _ in range(3):
-        link.succeed(admitted(link))
+    for _ in range(20):
+        succeed(link, admitted(link))
         assert limit(link) == 1
 
 
@@ -102,7 +140,7 @@ def test_the_wait_grows_with_failures_in_a_row_only() -> None:
         counts.append(failures(link))
         link.flush(1e9)
     assert counts == [1, 2, 3, 4, 5]
-    link.succeed(admitted(link, 1e9))
+    succeed(link, admitted(link, 1e9))
     link.fail(admitted(link, 1e9), 1e9, "refused")
     assert failures(link) == 1
 
@@ -130,7 +168,7 @@ def test_a_success_between_them_starts_the_count_of_5xx_anew() -> None:
     link = breaker()
     for _ in range(5 * FALTERS):
         link.falter(admitted(link), 0.0, "500")
-        link.succeed(admitted(link))
+        succeed(link, admitted(link))
     assert kind(link) is Closed
 
 
@@ -138,10 +176,60 @@ def test_the_count_of_5xx_starts_anew_after_an_outage() -> None:
     link = breaker()
     link.falter(admitted(link), 0.0, "500")
     link.fail(admitted(link), 0.0, "refused")
-    link.succeed(admitted(link, 1e9))
+    succeed(link, admitted(link, 1e9))
     for _ in range(FALTERS - 1):
         link.falter(admitted(link, 1e9), 1e9, "500")
     assert kind(link) is Closed
+
+
+# --- too much ----------------------------------------------------------------------------------------
+
+
+def test_too_much_said_to_many_halves_the_limit_once_and_stops_nothing() -> None:
+    link = grown(8)
+    for ticket in busy(link):
+        link.push_back(ticket, 0.1, "429")
+    assert kind(link) is Closed
+    assert link.limit == 4
+    assert limit(link, 0.1) == 4
+
+
+def test_too_much_said_to_a_single_one_opens() -> None:
+    link = breaker()
+    link.push_back(admitted(link), 0.1, "503")
+    assert failures(link) == 1
+    assert opened(link) > 0.1
+
+
+def test_too_much_said_to_a_probe_opens_again() -> None:
+    link = breaker()
+    link.push_back(half_open(link), 1e9, "503")
+    assert failures(link) == 2
+
+
+def test_too_much_said_again_and_again_is_waited_for_longer_though_probes_pass() -> None:
+    link = breaker()
+    now_s, waits_s = 0.0, []
+    for _ in range(10):
+        link.push_back(admitted(link, now_s), now_s, "503")
+        waits_s.append(opened(link) - now_s)
+        succeed(link, admitted(link, opened(link)))
+        now_s += waits_s[-1] + 0.1
+    assert max(waits_s[:2]) < 2
+    assert min(waits_s[-2:]) > 5
+
+
+def test_what_was_in_flight_when_it_was_too_much_does_not_count_twice() -> None:
+    link = breaker()
+    first, *others = [admitted(link) for _ in range(10)]
+    link.push_back(first, 0.0, "503")
+    before = link.state
+    for late in others:
+        link.push_back(late, 0.1, "503")
+    assert link.state == before
+    succeed(link, admitted(link, 10.0))
+    link.push_back(admitted(link, 11.0), 11.0, "503")
+    assert opened(link) < 11.0 + 2.0, "the late ones made the wait longer"
 
 
 # --- half open ---------------------------------------------------------------------------------------
@@ -162,8 +250,9 @@ def test_a_half_open_breaker_has_one_probe_out() -> None:
 
 def test_a_probe_that_succeeds_begins_again_at_one() -> None:
     link = breaker()
-    link.succeed(half_open(link))
-    assert link.state == Closed(1)
+    succeed(link, half_open(link))
+    assert link.state == Closed()
+    assert link.limit == 1
 
 
 def test_a_probe_answered_5xx_opens_again() -> None:
@@ -189,7 +278,7 @@ def test_a_probe_of_a_hold_that_was_not_sent_leaves_the_hold() -> None:
 def test_cancelling_an_ordinary_ticket_changes_nothing() -> None:
     link = breaker()
     link.cancel(admitted(link), 0.0)
-    assert link.state == Closed(1)
+    assert link.state == Closed()
 
 
 # --- held --------------------------------------------------------------------------------------------
@@ -217,8 +306,9 @@ def test_a_probe_of_a_hold_ends_it_prolongs_it_or_finds_the_link_down() -> None:
     link.fail(admitted(link, 2e6), 2e6, "refused")
     assert failures(link) == 1
     link.hold(admitted(link, 3e6), 3e6, "401")
-    link.succeed(admitted(link, 4e6))
-    assert link.state == Closed(1)
+    succeed(link, admitted(link, 4e6))
+    assert link.state == Closed()
+    assert link.limit == 1
 
 
 # --- flush -------------------------------------------------------------------------------------------
@@ -329,8 +419,8 @@ def test_what_was_in_flight_before_other_terms_stops_nothing() -> None:
 
 def test_a_lower_ceiling_counts_at_once() -> None:
     link = breaker(ceiling=8)
-    for _ in range(4):
-        link.succeed(admitted(link))
+    while limit(link) < 8:
+        link.succeed(admitted(link, in_flight=int(limit(link)) - 1), 0.01, delivered=1)
     adopt(link, 100.0, ceiling=2)
     assert limit(link) == 2
 
@@ -345,42 +435,75 @@ def test_flush_changes_nothing_while_events_flow_or_a_probe_is_out() -> None:
     assert link.admit(1e9, in_flight=0) is None
 
 
+# --- what the upstream asks for ----------------------------------------------------------------------
+
+
+def test_a_retry_after_to_a_request_of_before_the_break_is_obeyed_too() -> None:
+    link = breaker(ceiling=8)
+    early, late = admitted(link), Ticket(epoch=0, round=0, sent_s=0.0, probe=False)
+    link.fail(early, 1.0, "cut")
+    link.fail(late, 2.0, "429", retry_after_s=600.0)
+    assert opened(link) >= 602.0
+    assert link.admit(601.0, in_flight=0) is None
+    assert not link.probe_early(3.0), "another network ends no wait that was asked for"
+
+
+def test_what_was_asked_for_while_a_probe_was_out_holds_when_that_fails() -> None:
+    link = breaker()
+    before = admitted(link)
+    link.fail(before, 0.0, "cut")
+    probe = admitted(link, opened(link))
+    assert probe.probe
+    link.fail(before, probe.sent_s, "429", retry_after_s=600.0)
+    link.fail(probe, probe.sent_s + 1, "cut")
+    assert opened(link) >= probe.sent_s + 600.0
+
+
+def test_flush_ends_what_was_asked_for() -> None:
+    link = breaker()
+    link.fail(admitted(link), 0.0, "429", retry_after_s=600.0)
+    link.flush(1.0)
+    probe = admitted(link, 1.0)
+    link.fail(probe, 2.0, "cut")
+    assert opened(link) < 600.0
+
+
 # --- stale tickets -----------------------------------------------------------------------------------
 
 
 def test_answers_to_what_was_in_flight_when_the_link_broke_count_once() -> None:
-    link = breaker()
-    for _ in range(4):
-        link.succeed(admitted(link))
-    first, *others = [admitted(link, in_flight=n) for n in range(8)]
+    link = grown(8)
+    first, *others = busy(link)
     link.fail(first, 0.0, "refused")
     before, until_s = link.state, opened(link)
     for n, ticket in enumerate(others):
         (link.fail, link.falter, link.hold)[n % 3](ticket, 500.0, "refused, too")
-        link.succeed(ticket)
+        link.push_back(ticket, 500.0, "429")
+        succeed(link, ticket)
         link.cancel(ticket, 500.0)
     assert link.state == before
     assert opened(link) == until_s
 
 
 def test_a_late_success_does_not_stand_in_for_the_probe() -> None:
-    link = breaker()
-    link.succeed(admitted(link))
-    first, late = admitted(link), admitted(link, in_flight=1)
+    link = grown(2)
+    first, late = busy(link)
     link.fail(first, 0.0, "refused")
     probe = admitted(link, 1e9)
-    link.succeed(late)
+    succeed(link, late)
     assert kind(link) is HalfOpen
-    link.succeed(probe)
-    assert link.state == Closed(1)
+    succeed(link, probe)
+    assert link.state == Closed()
+    assert link.limit == 1
 
 
 def test_a_ticket_counts_once_for_its_state() -> None:
     link = breaker()
     probe = half_open(link)
-    link.succeed(probe)
+    succeed(link, probe)
     link.fail(probe, 1e9, "refused")
-    assert link.state == Closed(1)
+    assert link.state == Closed()
+    assert link.limit == 1
 
 
 # --- any history -------------------------------------------------------------------------------------
@@ -407,15 +530,16 @@ class AnyHistory(RuleBasedStateMachine):
         """Answer one that is in flight; return whether that counts. A wait it begins is in *wait_s*."""
         ticket, period = self.in_flight.pop(data.draw(st.integers(0, len(self.in_flight) - 1)))
         self.probes -= ticket.probe and period == self.period
-        before = self.link.state
+        before, before_s = self.link.state, self.link.opens_at_s()
         tell(ticket)
         if period != self.period:
             assert self.link.state == before, "a late answer counted"
+            assert self.link.opens_at_s() == before_s, "a late answer brought a rest"
             return False
         if type(self.link.state) is not type(before):
             self.changed()
         until_s = self.link.opens_at_s()
-        if until_s is not None:
+        if until_s is not None and until_s != before_s:
             least_s, most_s = wait_s
             assert least_s - 1e-6 <= until_s - self.now_s <= most_s + 1e-6
             self.closed_to_s = until_s
@@ -449,11 +573,25 @@ class AnyHistory(RuleBasedStateMachine):
             self.in_flight.append((ticket, self.period))
 
     @precondition(lambda self: self.in_flight)
-    @rule(data=st.data())
-    def succeed(self, data: st.DataObject) -> None:
-        if self.answer(data, self.link.succeed, (inf, inf)):
+    @rule(data=st.data(), delivered=st.sampled_from([0, 1, 100]))
+    def succeed(self, data: st.DataObject, delivered: int) -> None:
+        def tell(ticket: Ticket) -> None:
+            self.link.succeed(ticket, self.now_s, delivered=delivered)
+
+        if self.answer(data, tell, (0.0, REST_MAX_S * 1.5)):
             assert type(self.link.state) is Closed
             self.falters = 0
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def push_back(self, data: st.DataObject) -> None:
+        alone = self.probes or self.link.limit <= 1
+
+        def tell(ticket: Ticket) -> None:
+            self.link.push_back(ticket, self.now_s, "429")
+
+        if self.answer(data, tell, (0.0, REST_MAX_S * 1.5 + CAP_S)):
+            assert type(self.link.state) is (Open if alone else Closed)
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
@@ -502,20 +640,25 @@ class AnyHistory(RuleBasedStateMachine):
     @invariant()
     def the_limit_is_within_the_ceiling(self) -> None:
         if hasattr(self, "link") and isinstance(self.link.state, Closed):
-            assert 1 <= self.link.state.limit <= self.ceiling
+            assert 1 <= self.link.limit <= self.ceiling
 
     @invariant()
     def waiting_ends_at_a_known_instant(self) -> None:
         if hasattr(self, "link"):
-            waits = isinstance(self.link.state, Open | Held)
-            assert (self.link.opens_at_s() is not None) == waits
+            match self.link.state:
+                case Open() | Held():
+                    assert self.link.opens_at_s() is not None
+                case HalfOpen():
+                    assert self.link.opens_at_s() is None
+                case Closed():  # it may rest
+                    pass
 
     def teardown(self) -> None:
         """Whatever happened: time, and one good answer, let events flow again."""
         if hasattr(self, "link"):
             for ticket, _ in self.in_flight:
                 self.link.cancel(ticket, self.now_s)
-            self.link.succeed(admitted(self.link, self.now_s + CAP_S + 3600.0))
+            succeed(self.link, admitted(self.link, self.now_s + CAP_S + 3600.0))
             assert isinstance(self.link.state, Closed)
 
 

@@ -33,7 +33,7 @@ _GAUGES = {
     "events_dead": "Dead letters.",
     "oldest_pending_age_seconds": "How long the oldest of the waiting events has waited.",
     "requests_in_flight": "Requests to the upstream under way.",
-    "requests_limit": "How many there may be now; below 1 with rests in between.",
+    "requests_limit": "How many there may be now.",
     "parked_users": "Users who wait behind a failing event.",
     "outbox_bytes": "Size of the database.",
     "outbox_wal_bytes": "Size of its write-ahead log.",

@@ -80,7 +80,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     Where there are several *upstreams*, *state*, *reason* and *next_attempt_in_s* are those of the one
     that stands worst, the error is the latest, and what is counted is counted for all together.
 
-    *in_flight* counts requests, *limit* how many there may be now (below 1: with rests between).
+    *in_flight* counts requests, *limit* how many there may be now.
     *ambiguous* counts events that were sent again although they may have arrived.
     """
 

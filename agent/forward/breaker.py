@@ -86,9 +86,11 @@ class Breaker:
         self._rng = rng
         self._epoch = 0
         self._falters = 0
+        self._told_s = float("-inf")
+        """Until when the upstream has asked to be left alone."""
         self._eager = False
         """Whether the network changed while the probe was out: its failure says nothing of now."""
-        self._limit = Limit(ceiling)
+        self._limit = Limit(ceiling, rng)
         self._state: State = Closed()
 
     @property
@@ -97,7 +99,7 @@ class Breaker:
 
     @property
     def limit(self) -> float:
-        """How much may be under way at once while closed; below 1 with rests in between."""
+        """How much may be under way at once while closed."""
         return self._limit.value
 
     def admit(self, now_s: float, *, in_flight: int) -> Ticket | None:
@@ -146,7 +148,7 @@ class Breaker:
                 pass
             case HalfOpen():
                 self._enter(Closed())
-                self._limit.restart()
+                self._limit.restart(now_s, took_s=now_s - ticket.sent_s, events=delivered)
             case Open() | Held():
                 raise AssertionError("a ticket of this epoch while nothing is sent")
             case _:
@@ -164,32 +166,49 @@ class Breaker:
         """The upstream has too much, and did not say how long: less at once, or none for a while."""
         if ticket.epoch != self._epoch:
             return
-        if ticket.probe or self._limit.value <= 1:
-            self.fail(ticket, now_s, why)
-        else:
-            self._limit.refused(now_s, took_s=now_s - ticket.sent_s, round_=ticket.round)
+        alone = ticket.probe or self._limit.value <= 1
+        rest_s = self._limit.refused(round_=ticket.round)
+        if alone:
+            self.fail(ticket, now_s, why, retry_after_s=rest_s)
 
     def fail(
         self, ticket: Ticket, now_s: float, why: str, *, retry_after_s: float | None = None
     ) -> None:
-        """The link failed: wait, longer each time in a row, and at least *retry_after_s*."""
+        """The link failed: wait, longer each time in a row, and at least *retry_after_s*.
+
+        What was asked for in answer to a request of before holds, too.
+        """
+        if retry_after_s is not None:
+            self._told_s = max(self._told_s, now_s + retry_after_s)
         if ticket.epoch != self._epoch:
+            self._obey()
             return
         before = self._state.since if isinstance(self._state, HalfOpen) else None
         failures = before.failures + 1 if isinstance(before, Open) else 1
-        wait_s = self._backoff.wait_s(failures, self._rng)
-        if retry_after_s is not None:
-            # Behind what was asked for, not at it: else all machines come back in one moment.
-            wait_s += retry_after_s
-        elif self._eager:
-            wait_s = 0.0
-        self._enter(Open(now_s + wait_s, failures, why, obeys=retry_after_s is not None))
+        obeys = self._told_s > now_s
+        # Behind what was asked for, not at it: else all machines come back in one moment.
+        wait_s = 0.0 if self._eager and not obeys else self._backoff.wait_s(failures, self._rng)
+        self._enter(Open(max(now_s, self._told_s) + wait_s, failures, why, obeys=obeys))
+
+    def _obey(self) -> None:
+        match self._state:
+            case Open(until_s) as state if until_s < self._told_s:
+                until_s = self._told_s + self._backoff.wait_s(1, self._rng)
+                self._state = replace(state, until_s=until_s, obeys=True)
+            case Held(until_s) as state if until_s < self._told_s:
+                self._state = replace(state, until_s=self._told_s)
+            case _:
+                pass
 
     def hold(self, ticket: Ticket, now_s: float, why: str) -> None:
         """The agent is misconfigured: stop, and look again rarely."""
         if ticket.epoch == self._epoch:
             wait_s = self._hold_probe_s * self._rng.uniform(0.5, 1.0)
-            self._enter(Held(now_s + wait_s, why))
+            self._enter(Held(max(now_s, self._told_s) + wait_s, why))
+
+    def stands(self, ticket: Ticket) -> bool:
+        """Return whether *ticket* still permits to send."""
+        return ticket.epoch == self._epoch
 
     def cancel(self, ticket: Ticket, now_s: float) -> None:
         """The ticket's event was not sent after all; a probe may be taken again at once."""
@@ -198,6 +217,7 @@ class Breaker:
 
     def flush(self, now_s: float) -> None:
         """End the wait: the next event is sent as a probe now."""
+        self._told_s = float("-inf")
         if isinstance(self._state, Open | Held):
             self._enter(replace(self._state, until_s=now_s))
 
@@ -207,6 +227,7 @@ class Breaker:
         Answers to what is in flight do not count any more, nor does a probe that is out.
         """
         self._backoff, self._hold_probe_s = backoff, hold_probe_s
+        self._told_s = float("-inf")
         self._limit.cap(ceiling)
         match self._state:
             case Closed():

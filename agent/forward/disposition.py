@@ -111,8 +111,8 @@ Outcome = Delivered | Rejected | Failed | Unavailable | Misconfigured
 class GiveUp:
     """When an event that keeps being answered 5xx is set aside.
 
-    After *attempts*, and *after_s* since the first such answer if another event was delivered
-    meanwhile. With no such proof it may as well be the upstream, so *unproven_after_s* must pass.
+    After *attempts*, and *after_s* since the first such answer in this life of the agent if another
+    event was delivered meanwhile. With no such proof it may as well be the upstream, so *unproven_after_s* must pass.
     """
 
     attempts: int
@@ -152,9 +152,9 @@ def classify(response: Response, *, now_ms: int) -> Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """How a claim has fared since the agent started: *strikes* in a row over *for_s* seconds.
+    """How a claim has met one kind of failure since the agent started: *strikes* over *for_s* seconds.
 
-    *proven* says that another one was delivered since it first failed.
+    *proven* says that another one was delivered since the first of them.
     """
 
     strikes: int
@@ -175,15 +175,13 @@ class Split:
 Verdict = tuple[Settlement, ...] | Split | None
 
 
-def verdict(
-    claim: Claim, outcome: Outcome, record: Record, *, now_ms: int, give_up: GiveUp
-) -> Verdict:
+def verdict(claim: Claim, outcome: Outcome, record: Record, *, give_up: GiveUp) -> Verdict:
     """Return what an outcome changes for the events of *claim*; None leaves all as they are."""
     if isinstance(outcome, Delivered):
         return tuple(Ack(head.seq) for head in claim.heads)
     if len(claim.heads) > 1:
         return _verdict_on_several(outcome, record)
-    change = _verdict_on_one(claim.heads[0], outcome, record, now_ms=now_ms, give_up=give_up)
+    change = _verdict_on_one(claim.heads[0], outcome, record, give_up=give_up)
     return None if change is None else (change,)
 
 
@@ -232,7 +230,7 @@ def _verdict_on_several(outcome: Outcome, record: Record) -> Split | None:
 
 
 def _verdict_on_one(
-    head: Head, outcome: Outcome, record: Record, *, now_ms: int, give_up: GiveUp
+    head: Head, outcome: Outcome, record: Record, *, give_up: GiveUp
 ) -> Settlement | None:
     match outcome:
         case Delivered():
@@ -240,9 +238,9 @@ def _verdict_on_one(
         case Rejected(status, answer):
             return Bury(seq=head.seq, reason="rejected", status=status, answer=answer)
         case Failed(status, answer):
-            since_ms = now_ms if head.failing_since_ms is None else head.failing_since_ms
+            # By the time since the agent started: the wall clock may jump by a month.
             patience_s = give_up.after_s if record.proven else give_up.unproven_after_s
-            if head.attempts + 1 >= give_up.attempts and now_ms - since_ms >= patience_s * 1000:
+            if head.attempts + 1 >= give_up.attempts and record.for_s >= patience_s:
                 return Bury(seq=head.seq, reason="gave_up", status=status, answer=answer)
             return Retry(head.seq)
         case Unavailable(why=why):

@@ -454,6 +454,10 @@ class Forwarder:
             self._breaker.cancel(ticket, self._clock.monotonic_s())
             self._trials.over(claim)
             return
+        if not self._breaker.stands(ticket) or self._paused or self._stopping:
+            self._breaker.cancel(ticket, self._clock.monotonic_s())
+            self._lanes.again(claim, until_s=None)  # the link broke while it was read
+            return
         endpoint, body = self._request(claim, bodies)
         self._tally.sending(bodies)
         outcome = await self._send(endpoint, body)
@@ -499,8 +503,8 @@ class Forwarder:
     def _conclude(self, claim: Claim, ticket: Ticket, outcome: Outcome) -> None:
         """Carry out what the decisions make of *outcome*: for the events, their lanes and the link."""
         now_s, now_ms = self._clock.monotonic_s(), self._clock.wall_ms()
-        record = self._trials.record(claim, now_s)
-        decided = verdict(claim, outcome, record, now_ms=now_ms, give_up=self._plan.give_up)
+        record = self._trials.record(claim, outcome, now_s)
+        decided = verdict(claim, outcome, record, give_up=self._plan.give_up)
         if not may_be_stored(claim, outcome) and not isinstance(outcome, Delivered):
             self._tally.clear(head.seq for head in claim.heads)
         self._tell_breaker(claim, ticket, outcome, now_s, proven=record.proven)
@@ -509,7 +513,7 @@ class Forwarder:
         match decided:
             case Split(at):
                 blamed = is_blamed(outcome, record, probe=ticket.probe)
-                self._trials.struck(claim, now_s, counts=blamed, clean=False)
+                self._trials.struck(claim, outcome, now_s, blamed=blamed)
                 self._trials.part(claim, self._lanes.split(claim, at=at))
             case (Ack() | Bury(), *_):
                 if isinstance(outcome, Delivered):
@@ -551,9 +555,7 @@ class Forwarder:
     ) -> None:
         """Let other lanes go first; a claim whose own failure this may be waits longer each time."""
         blamed = is_blamed(outcome, record, probe=probe)
-        # A key revoked meanwhile looks like the event's fault, once: only what passes again clears it.
-        clean = isinstance(outcome, Misconfigured)
-        strikes = self._trials.struck(claim, now_s, counts=blamed, clean=clean)
+        strikes = self._trials.struck(claim, outcome, now_s, blamed=blamed)
         wait_s = self._plan.backoff.wait_s(strikes, self._rng) if blamed else None
         self._lanes.again(claim, until_s=None if wait_s is None else now_s + wait_s)
 

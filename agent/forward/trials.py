@@ -1,20 +1,29 @@
-"""How claims that failed have fared since, and when each may be tried again. Pure."""
+"""How claims that failed have fared since, and when each may be tried again. Pure.
+
+By kind of failure: what an outage did to an event is no sign that the event breaks the upstream.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from agent.forward.claims import Claim
-from agent.forward.disposition import FRESH, Record
+from agent.forward.disposition import FRESH, Misconfigured, Outcome, Record
 
 
 @dataclass(slots=True)
-class _Trial:
-    """Failures in a row, since when, and what had been delivered by then."""
+class _Streak:
+    """Failures of one kind, since when, and what had been delivered by then."""
 
     strikes: int
     since_s: float
     delivered_before: int
+
+
+@dataclass(slots=True)
+class _Trial:
+    strikes: int = 0
+    streaks: dict[type[Outcome], _Streak] = field(default_factory=dict)
 
 
 class Trials:
@@ -24,38 +33,41 @@ class Trials:
         self._trials: dict[int, _Trial] = {}
         self._delivered = 0
 
-    def record(self, claim: Claim, now_s: float) -> Record:
-        """Return how *claim* has fared until now."""
+    def record(self, claim: Claim, outcome: Outcome, now_s: float) -> Record:
+        """Return how *claim* has met failures like *outcome* until now."""
         trial = self._trials.get(claim.key)
-        if trial is None:
+        streak = None if trial is None else trial.streaks.get(type(outcome))
+        if streak is None:
             return FRESH
         return Record(
-            strikes=trial.strikes,
-            for_s=now_s - trial.since_s,
-            proven=self._delivered > trial.delivered_before,
+            strikes=streak.strikes,
+            for_s=now_s - streak.since_s,
+            proven=self._delivered > streak.delivered_before,
         )
 
     def delivered(self) -> None:
         """Something was: what failed before and still fails may be at fault itself."""
         self._delivered += 1
 
-    def struck(self, claim: Claim, now_s: float, *, counts: bool, clean: bool) -> int:
-        """Note a failure; return how many in a row *counted*.
-
-        *clean* begins the proof anew: a key revoked for a moment looks like an event at fault, once.
-        """
-        trial = self._trials.setdefault(claim.key, _Trial(0, now_s, self._delivered))
-        if clean:
-            trial.delivered_before = self._delivered
-        trial.strikes += counts
+    def struck(self, claim: Claim, outcome: Outcome, now_s: float, *, blamed: bool) -> int:
+        """Note a failure; return how many there were for which the claim may be to *blame*."""
+        trial = self._trials.setdefault(claim.key, _Trial())
+        streak = trial.streaks.setdefault(type(outcome), _Streak(0, now_s, self._delivered))
+        if isinstance(outcome, Misconfigured):
+            # A key revoked for a moment looks like the event's fault, once: the proof begins anew.
+            streak.delivered_before = self._delivered
+        streak.strikes += blamed
+        trial.strikes += blamed
         return trial.strikes
 
     def part(self, claim: Claim, parts: list[Claim]) -> None:
         """Begin for the parts of *claim* where that was, so that one bad event is soon found."""
         trial = self._trials.pop(claim.key, None)
-        if trial is not None:
-            for each in parts:
-                self._trials[each.key] = replace(trial)
+        if trial is None:
+            return
+        for each in parts:
+            streaks = {kind: replace(streak) for kind, streak in trial.streaks.items()}
+            self._trials[each.key] = _Trial(trial.strikes, streaks)
 
     def over(self, claim: Claim) -> None:
         """It failed for the last time, or not at all."""
