@@ -70,7 +70,7 @@ class AgentProcess:
     async def start(self) -> None:
         """Start a process; return when it accepts events."""
         await self.launch()
-        assert await self.becomes_ready(), self.log.read_text()
+        assert await self.becomes_ready(), f"exit {self.process.returncode}: {self.log.read_text()}"
 
     async def launch(self) -> None:
         """Start a process; return while it may still be starting."""

@@ -218,13 +218,14 @@ class Forwarder:
         now_s = self._clock.monotonic_s()
         self._kept_back = self._ask_budget(now_s)
         state, reason = self._state()
+        until_s: float | None = None
         match state:
             case "backing_off" | "held":
-                until_s = self._breaker.opens_at_s()
+                until_s = self._breaker.opens_at_s() or now_s  # None: it is being tried
             case "waiting" if self._kept_back is not None:
                 until_s = self._kept_back.until_s
             case _:
-                until_s = None
+                pass
         return Flow(
             state=state,
             reason=reason,

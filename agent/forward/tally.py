@@ -4,18 +4,17 @@
     how many of such were sent again: the only way in which the upstream gets an event twice
     how many bytes went today
 
-A small file mapped into memory: a killed process leaves it as it was, and it costs no system call
-and no sync. So after a power cut it may tell of some seconds before: then an event too many or too
-few is called a repeat, and nothing depends on it.
+A small file that is written and never synced: a killed process leaves it as it was. After a power cut
+it may tell of some seconds before: then an event too many or too few is called a repeat, and nothing
+depends on it. It is not mapped into memory: on a full disk that would end the process by SIGBUS.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import structlog
@@ -34,26 +33,30 @@ log = structlog.get_logger()
 
 
 class Tally:
-    """The books of one agent, in *memory* of `TALLY_BYTES` bytes; other content is taken for none."""
+    """The books of one agent, in *memory* of `TALLY_BYTES` bytes; other content is taken for none.
 
-    def __init__(self, memory: bytearray | mmap.mmap) -> None:
+    *keep* is handed each piece that changed, and where it belongs.
+    """
+
+    def __init__(
+        self, memory: bytearray, keep: Callable[[int, bytes], None] = lambda _at, _piece: None
+    ) -> None:
         self._memory = memory
-        self._slots: dict[int, int] = {}
+        self._keep = keep
         magic, *_ = _HEADER.unpack_from(memory)
         if magic != _MAGIC:
             memory[:TALLY_BYTES] = bytes(TALLY_BYTES)
             _HEADER.pack_into(memory, 0, _MAGIC, 0, 0, 0)
+            keep(0, bytes(memory))
         self._resent: int
         self._day: int
         self._day_bytes: int
         _, self._resent, self._day, self._day_bytes = _HEADER.unpack_from(memory)
-        self._free: list[int] = []
-        for slot in range(_SLOTS - 1, -1, -1):
-            (seq,) = struct.unpack_from("<Q", memory, self._at(slot))
-            if seq:
-                self._slots[seq] = slot
-            else:
-                self._free.append(slot)
+        seqs = struct.unpack_from(f"<{_SLOTS}Q", memory, _HEADER_BYTES)
+        self._slots = {seq: slot for slot, seq in enumerate(seqs) if seq}
+        self._used = max(self._slots.values(), default=-1) + 1
+        """Slots from here on were never taken."""
+        self._free = [slot for slot in range(self._used) if not seqs[slot]]
 
     @property
     def resent(self) -> int:
@@ -71,12 +74,15 @@ class Tally:
         What does not fit is not noted: better a repeat that is not counted than one event less sent.
         """
         again = 0
+        taken: list[int] = []
         for seq in seqs:
             if seq in self._slots:
                 again += 1
-            elif self._free:
-                slot = self._slots[seq] = self._free.pop()
+            elif (slot := self._free_slot()) is not None:
+                self._slots[seq] = slot
                 struct.pack_into("<Q", self._memory, self._at(slot), seq)
+                taken.append(slot)
+        self._write_slots(taken)
         if again:
             self._resent += again
             self._write_header()
@@ -84,11 +90,14 @@ class Tally:
 
     def clear(self, seqs: Iterable[int]) -> None:
         """These have not arrived, or are recorded as delivered."""
+        given: list[int] = []
         for seq in seqs:
             slot = self._slots.pop(seq, None)
             if slot is not None:
                 struct.pack_into("<Q", self._memory, self._at(slot), 0)
-                self._free.append(slot)
+                given.append(slot)
+        self._free += reversed(given)  # so that those of one batch lie side by side again
+        self._write_slots(given)
 
     def bytes_of(self, day: int) -> int:
         """Return how many bytes were sent on *day*."""
@@ -100,8 +109,22 @@ class Tally:
         self._day = day
         self._write_header()
 
+    def _free_slot(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        if self._used == _SLOTS:
+            return None
+        self._used += 1
+        return self._used - 1
+
     def _write_header(self) -> None:
         _HEADER.pack_into(self._memory, 0, _MAGIC, self._resent, self._day, self._day_bytes)
+        self._keep(0, bytes(self._memory[: _HEADER.size]))
+
+    def _write_slots(self, slots: list[int]) -> None:
+        if slots:
+            first, behind = self._at(min(slots)), self._at(max(slots) + 1)
+            self._keep(first, bytes(self._memory[first:behind]))
 
     @staticmethod
     def _at(slot: int) -> int:
@@ -115,24 +138,26 @@ def tally_path(outbox: Path, upstream: str = "") -> Path:
 
 @contextmanager
 def open_tally(path: Path) -> Iterator[Tally]:
-    """Yield the books in the file *path*, made as need be; without a file where there is no room."""
+    """Yield the books in the file *path*, made as need be; without a file where none can be."""
     try:
-        memory = _map(path)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
     except OSError as exc:
-        # Mapped pages without blocks behind them would end the process when they are written.
         log.warning("tally.kept_in_memory", path=str(path), error=str(exc))
         yield Tally(bytearray(TALLY_BYTES))
         return
-    try:
-        yield Tally(memory)
-    finally:
-        memory.close()
 
+    def keep(at: int, piece: bytes) -> None:
+        with suppress(OSError):  # a full disk must not keep an event from being sent
+            os.pwrite(fd, piece, at)
 
-def _map(path: Path) -> mmap.mmap:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
     try:
-        os.posix_fallocate(fd, 0, TALLY_BYTES)
-        return mmap.mmap(fd, TALLY_BYTES)
+        yield Tally(bytearray(_content(fd)), keep)
     finally:
         os.close(fd)
+
+
+def _content(fd: int) -> bytes:
+    try:
+        return os.pread(fd, TALLY_BYTES, 0).ljust(TALLY_BYTES, b"\0")
+    except OSError:
+        return bytes(TALLY_BYTES)

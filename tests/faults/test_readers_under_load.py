@@ -174,7 +174,7 @@ async def test_looks_while_the_agent_comes_and_goes_leave_nothing_behind(
     found, left = await look_while_it_comes_and_goes(home, tier(2, 150))
 
     assert found == []
-    assert left == {"outbox.db", "outbox.db.lock"}
+    assert left == {"outbox.db", "outbox.db.lock", "outbox.db-tally"}
 
 
 @pytest.mark.process
