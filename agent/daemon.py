@@ -37,8 +37,9 @@ from agent.errors import OutboxError
 from agent.forward.backoff import Backoff
 from agent.forward.budget import Budget, Window
 from agent.forward.disposition import GiveUp
-from agent.forward.forwarder import Forwarder, Plan, forwarding
+from agent.forward.forwarder import Forwarder, forwarding
 from agent.forward.link import watching
+from agent.forward.plan import Plan
 from agent.forward.succession import Succession, succession
 from agent.forward.tally import open_tally, tally_path
 from agent.forward.upstream import Target, tls_fault

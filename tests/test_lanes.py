@@ -458,6 +458,18 @@ def test_an_urgent_event_goes_with_what_its_user_has_before_it_and_nothing_else(
     assert [n for n in sent if n != 32] == [*range(2, 31, 3), 31]
 
 
+def test_what_stands_behind_an_urgent_event_waits_for_its_window() -> None:
+    lanes, outbox = Lanes(), Outbox(1)
+    outbox.append(1, urgent=True)
+    outbox.append(1)
+    fill(lanes, outbox, limit=64)
+    claim = lanes.take(0.0, fit=MANY, urgent=True)
+    assert claim is not None
+    assert seqs_of(claim) == [1, 2]
+    lanes.done(claim.heads)
+    assert lanes.take(0.0, fit=MANY, urgent=True) is None
+
+
 # --- any history -------------------------------------------------------------------------------------
 
 USERS = 5

@@ -8,5 +8,6 @@
 
 decide, and are pure. `upstream` makes one call, and `succession` puts another in its place; `link`
 hears when the machine's network changes; `tally` remembers over a kill what may have arrived;
-`forwarder` is the shell that reads clocks, runs tasks and carries decisions out.
+`supply` reads on in the outbox; `forwarder` is the shell that reads clocks, runs tasks and carries
+decisions out, by a `plan`.
 """

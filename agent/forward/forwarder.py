@@ -11,10 +11,10 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Literal, assert_never
+from typing import assert_never
 
 import msgspec
 import structlog
@@ -22,15 +22,13 @@ import structlog
 from agent.clock import Clock
 from agent.errors import OutboxError
 from agent.forward import budget
-from agent.forward.backoff import Backoff
 from agent.forward.batch import MAX_BATCH_BYTES, envelope
 from agent.forward.breaker import Breaker, Closed, HalfOpen, Held, Open, Ticket
-from agent.forward.budget import REQUEST_BYTES, Budget, Meter, day_of
+from agent.forward.budget import REQUEST_BYTES, Meter, day_of
 from agent.forward.claims import Claim
 from agent.forward.disposition import (
     Delivered,
     Failed,
-    GiveUp,
     Misconfigured,
     Outcome,
     Record,
@@ -41,19 +39,15 @@ from agent.forward.disposition import (
     may_be_stored,
     verdict,
 )
-from agent.forward.lanes import ITEM_BYTES, ONE, PER_LANE, Fit, Lanes
+from agent.forward.lanes import ITEM_BYTES
+from agent.forward.plan import Flow, FlowState, Plan
+from agent.forward.supply import Supply
 from agent.forward.tally import Tally
 from agent.forward.trials import Trials
 from agent.forward.upstream import Endpoint, Upstream
 from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, Bury, Retry, Settlement
 from agent.outbox.writer import Writer
-
-SCAN = 512
-"""Events read from the outbox at once: a few ms of reading, and a 2 MiB answer at most."""
-
-COUNTED = 8192
-"""Events that are only counted, read at once: some ms, and numbers alone."""
 
 UNSETTLED = 128
 """Events whose settlement may wait for its commit, or two batches of them: with what is under way
@@ -69,53 +63,7 @@ STOP_S = 4.0
 _READ_AGAIN_S = 1.0
 """How long an outbox that cannot be read is left alone."""
 
-_LOOK_AHEAD_S = 0.2
-"""How often the tail of a backlog is looked at for fresh events."""
-
 log = structlog.get_logger()
-
-FlowState = Literal["flowing", "waiting", "backing_off", "held", "paused", "unconfigured"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """How to forward. *ordered* keeps each user's events in order.
-
-    *batch* is how many events one request may carry; 1: each goes alone, to its own endpoint.
-    *urgent* names the events that *budget* does not keep back.
-    """
-
-    concurrency: int
-    ordered: bool
-    backoff: Backoff
-    give_up: GiveUp
-    hold_probe_s: float
-    batch: int = 1
-    budget: Budget = field(default_factory=Budget)
-    urgent: tuple[str, ...] = ()
-
-    @property
-    def fit(self) -> Fit:
-        return ONE if self.batch == 1 else Fit(events=self.batch, batch_bytes=MAX_BATCH_BYTES)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Flow:
-    """How forwarding stands, for people. *reason* is empty while all is well.
-
-    *in_flight* counts requests, *limit* how many there may be now. *ambiguous* counts the events
-    that were sent again although they may have arrived.
-    """
-
-    state: FlowState
-    reason: str
-    next_attempt_in_s: float | None
-    last_error: str | None
-    last_error_ms: int | None
-    in_flight: int
-    limit: float
-    parked_users: int
-    ambiguous: int
 
 
 class Forwarder:
@@ -150,24 +98,16 @@ class Forwarder:
         self._rng = rng
         self._unconfigured = unconfigured
         self._paused = paused
-        self._lanes = Lanes(ordered=plan.ordered)
+        self._supply = Supply(reader, writer, clock, name=name, ordered=plan.ordered)
         self._breaker = Breaker(
             plan.backoff, ceiling=plan.concurrency, hold_probe_s=plan.hold_probe_s, rng=rng
         )
         self._meter = Meter(plan.budget)
         self._wake = asyncio.Event()
-        self._scan_due = True
-        self._ahead_due = False
-        self._ahead_counted = False
-        self._ahead_at_s = float("-inf")
         self._stopping = False
         self._in_flight = 0
         self._unsettled = 0
         self._trials = Trials()
-        self._withdrawn = 0
-        self._stale_upto = 0
-        self._stale = False
-        """Whether the lanes are of a database that was replaced since."""
         self._recollected = False
         self._kept_back: budget.Closed | None = None
         """What the budget waits for."""
@@ -187,14 +127,14 @@ class Forwarder:
     def flush(self) -> None:
         """End every wait: try now."""
         self._breaker.flush(self._clock.monotonic_s())
-        self._lanes.unpark()
+        self._supply.lanes.unpark()
         self._wake.set()
 
     def adopt(self, upstream: Upstream | None, plan: Plan, unconfigured: str = "") -> None:
         """Send to *upstream* and by *plan*, beginning now; what is in flight ends as it began."""
         self._upstream, self._unconfigured = upstream, unconfigured
         if _claims_by(plan) != _claims_by(self._plan):
-            self._stale = True  # other lanes, once nothing of these is under way
+            self._supply.stale = True  # other lanes, once nothing of these is under way
         if plan.budget != self._plan.budget:
             self._meter = Meter(plan.budget)
         self._plan = plan
@@ -204,13 +144,13 @@ class Forwarder:
             hold_probe_s=plan.hold_probe_s,
             now_s=self._clock.monotonic_s(),
         )
-        self._lanes.unpark()
+        self._supply.lanes.unpark()
         self._wake.set()
 
     def link_changed(self) -> None:
         """The machine's network changed: try once before a backoff is over."""
         if self._breaker.probe_early(self._clock.monotonic_s()):
-            self._lanes.unpark()  # each that failed with the link waits for itself, too
+            self._supply.lanes.unpark()  # each that failed with the link waits for itself, too
             self._wake.set()
 
     def flow(self) -> Flow:
@@ -234,7 +174,7 @@ class Forwarder:
             last_error_ms=self._last_error_ms,
             in_flight=self._in_flight,
             limit=self._breaker.limit,
-            parked_users=self._lanes.parked,
+            parked_users=self._supply.lanes.parked,
             ambiguous=self._tally.resent,
         )
 
@@ -254,7 +194,7 @@ class Forwarder:
                 pass
         if self._kept_back is not None:
             return "waiting", self._kept_back.why
-        parked = self._lanes.parked
+        parked = self._supply.lanes.parked
         return "flowing", f"{parked} user(s) wait behind a failing event" if parked else ""
 
     # --- the dispatcher ---
@@ -284,20 +224,33 @@ class Forwarder:
         while True:
             await appended.wait()
             appended.clear()
-            self._scan_due = self._ahead_due = True
+            self._supply.arrived()
             self._wake.set()
 
     async def _fill(self) -> None:
-        """Read on in the outbox where the lanes have room; an outbox that fails is left for a while."""
+        """Read on where the lanes have room; an outbox that fails is left for a while."""
         try:
             if not self._recollected:
-                self._recollected = True
                 await self._recollect()
-            await self._read_on()
+                self._recollected = True
+            if self._writer.rescuing:  # what comes back is older than what was accepted since
+                self._supply.stale = True
+                return
+            if self._supply.stale:
+                if self._in_flight or self._unsettled:
+                    return  # they belong to what was read before
+                self._supply.renew(ordered=self._plan.ordered)
+                self._trials.clear()
+            if await self._supply.read_on(urgent=self._plan.urgent, flows=self._flows):
+                self._wake.set()  # for more, after what came is on its way
         except OutboxError as exc:
             log.error("outbox.read_failed", error=str(exc))
-            self._scan_due = True
+            self._supply.arrived()
             await asyncio.sleep(_READ_AGAIN_S)
+
+    @property
+    def _flows(self) -> bool:
+        return isinstance(self._breaker.state, Closed) and not self._paused
 
     async def _recollect(self) -> None:
         """Forget the doubts about what is delivered by now: it was recorded, and then came the end."""
@@ -305,63 +258,10 @@ class Forwarder:
         pending = await self._reader.still_pending(doubtful)
         self._tally.clear([seq for seq in doubtful if seq not in pending])
 
-    async def _read_on(self) -> None:
-        if self._writer.rescuing:  # what comes back is older than what was accepted since
-            self._stale = True
-            return
-        if self._stale:
-            if self._in_flight or self._unsettled:
-                return  # they belong to what was read before
-            self._lanes = Lanes(ordered=self._plan.ordered)
-            self._trials.clear()
-            self._stale, self._scan_due, self._ahead_counted = False, True, False
-        lanes, urgent = self._lanes, self._plan.urgent
-        while (starved := lanes.starved()) is not None:
-            key, after, upto = starved
-            scan = await self._reader.lane(
-                key, self._name, after=after, upto=upto, limit=PER_LANE, urgent=urgent
-            )
-            lanes.read_on(scan.heads, complete=not scan.more, upto=scan.upto)
-        if self._scan_due and lanes.room >= SCAN:
-            self._scan_due = False
-            scan = await self._reader.scan(
-                self._name, after=lanes.cursor, limit=SCAN, urgent=urgent
-            )
-            lanes.scanned(scan.heads, complete=not scan.more, upto=scan.upto)
-            if scan.more:  # there may be more: after what came is on its way
-                self._scan_due = True
-                self._wake.set()
-        elif self._is_ahead_due(self._clock.monotonic_s()):
-            await self._look_ahead()
-
-    def _is_ahead_due(self, now_s: float) -> bool:
-        """Whether to look behind the backlog for fresh events: only while they could be sent."""
-        flows = isinstance(self._breaker.state, Closed) and not self._paused
-        return self._ahead_due and flows and now_s >= self._ahead_at_s
-
-    async def _look_ahead(self) -> None:
-        """Take in what is fresh at the tail; what came before that was never looked at is counted."""
-        lanes, urgent = self._lanes, self._plan.urgent
-        after = max(lanes.tail, lanes.cursor)
-        limit = min(SCAN, lanes.room_ahead)
-        if self._ahead_counted and limit:
-            scan = await self._reader.scan(self._name, after=after, limit=limit, urgent=urgent)
-            lanes.noticed(scan.heads, upto=scan.upto)
-            self._ahead_due = scan.more
-        else:
-            glance = await self._reader.waiting(
-                self._name, after=after, limit=COUNTED, urgent=urgent
-            )
-            lanes.counted(glance.waiting, upto=glance.upto)
-            self._ahead_counted = not glance.more
-            self._ahead_due = not self._ahead_counted
-        self._ahead_at_s = self._clock.monotonic_s() + _LOOK_AHEAD_S
-        self._wake.set()
-
     def _take(self, now_s: float) -> tuple[Claim, Ticket] | None:
         if self._upstream is None or self._stopping or self._writer.rescuing:
             return None
-        if self._stale:
+        if self._supply.stale:
             return None
         if self._unsettled >= max(UNSETTLED, 2 * self._plan.batch):
             return None
@@ -374,7 +274,7 @@ class Forwarder:
         if ticket is None:
             return None
         urgent = self._kept_back is not None
-        claim = self._lanes.take(now_s, fit=self._plan.fit, urgent=urgent)
+        claim = self._supply.lanes.take(now_s, fit=self._plan.fit, urgent=urgent)
         if claim is None:
             self._breaker.cancel(ticket, now_s)
             return None
@@ -384,8 +284,12 @@ class Forwarder:
         """Return from when an event may go; None: only a change can bring that."""
         self._kept_back = self._ask_budget(now_s)
         kept_back = self._kept_back
-        lanes_at_s = self._lanes.next_at_s(urgent=kept_back is not None)
-        if kept_back is not None and lanes_at_s is None and self._lanes.next_at_s() is not None:
+        lanes_at_s = self._supply.lanes.next_at_s(urgent=kept_back is not None)
+        if (
+            kept_back is not None
+            and lanes_at_s is None
+            and self._supply.lanes.next_at_s() is not None
+        ):
             lanes_at_s = kept_back.until_s
         if self._paused or lanes_at_s is None:
             return None
@@ -408,8 +312,8 @@ class Forwarder:
         """
         due_at_s = self._due_at_s(now_s)
         instants = [due_at_s] if due_at_s is not None else []
-        if self._ahead_due and self._lanes.room < SCAN and self._is_ahead_due(float("inf")):
-            instants.append(self._ahead_at_s)
+        if (ahead_at_s := self._supply.looks_ahead_at_s(flows=self._flows)) is not None:
+            instants.append(ahead_at_s)
         due_at_s = min((at_s for at_s in instants if at_s > now_s), default=None)
         with suppress(TimeoutError):
             async with asyncio.timeout(None if due_at_s is None else due_at_s - now_s):
@@ -424,7 +328,7 @@ class Forwarder:
                 await self._attempt(*taken)
                 # Not counted while it asks for the next one: the ceiling is for the others.
                 self._in_flight -= 1
-                taken = None if self._is_hungry() else self._take(self._clock.monotonic_s())
+                taken = None if self._supply.hungry else self._take(self._clock.monotonic_s())
                 self._in_flight += 1
                 if self._in_flight < self._plan.concurrency:
                     self._wake.set()  # for others beside it
@@ -432,32 +336,27 @@ class Forwarder:
             self._in_flight -= 1
             self._wake.set()
 
-    def _is_hungry(self) -> bool:
-        """Whether the dispatcher has to read on before more is sent."""
-        lanes = self._lanes
-        return lanes.starved() is not None or (self._scan_due and lanes.room >= SCAN)
-
     async def _attempt(self, claim: Claim, ticket: Ticket) -> None:
         try:
-            bodies = await self._bodies(claim)
+            bodies = await self._supply.bodies(claim)
         except OutboxError as exc:
             log.error("outbox.read_failed", error=str(exc))
             now_s = self._clock.monotonic_s()
             self._breaker.cancel(ticket, now_s)
-            self._lanes.again(claim, until_s=now_s + _READ_AGAIN_S)
+            self._supply.lanes.again(claim, until_s=now_s + _READ_AGAIN_S)
             return
         gone = [head for head in claim.heads if head.seq not in bodies]
         if gone:  # evicted or expired since it was read
             claim = replace(claim, heads=tuple(h for h in claim.heads if h.seq in bodies))
             self._tally.clear(head.seq for head in gone)
-            self._lanes.done(gone)
+            self._supply.lanes.done(gone)
         if not claim.heads:
             self._breaker.cancel(ticket, self._clock.monotonic_s())
             self._trials.over(claim)
             return
         if not self._breaker.stands(ticket) or self._paused or self._stopping:
             self._breaker.cancel(ticket, self._clock.monotonic_s())
-            self._lanes.again(claim, until_s=None)  # the link broke while it was read
+            self._supply.lanes.again(claim, until_s=None)  # the link broke while it was read
             return
         endpoint, body = self._request(claim, bodies)
         self._tally.sending(bodies)
@@ -469,23 +368,6 @@ class Forwarder:
         if self._upstream is None:  # taken away meanwhile
             return Unavailable(why=self._unconfigured)
         return await self._upstream.send(endpoint, body)
-
-    async def _bodies(self, claim: Claim) -> dict[int, bytes]:
-        """Return what to send, by seq; without those that are not pending any more."""
-        if self._withdrawn != self._writer.withdrawn:
-            # Some went, and they were the oldest: what was read until now is read again.
-            self._withdrawn = self._writer.withdrawn
-            self._stale_upto = max(self._lanes.cursor, self._lanes.tail)
-        bodies: dict[int, bytes] = {}
-        for head in claim.heads:
-            body = head.body
-            if body is None or head.seq <= self._stale_upto:
-                body = await self._reader.body(head.seq)
-            if body is not None:
-                bodies[head.seq] = body
-            elif self._writer.rescuing:
-                raise OutboxError("its database is being replaced")  # as if unreadable
-        return bodies
 
     def _request(self, claim: Claim, bodies: Mapping[int, bytes]) -> tuple[Endpoint, bytes]:
         """Return where to send what. A single event too large for the envelope goes without one."""
@@ -515,12 +397,12 @@ class Forwarder:
             case Split(at):
                 blamed = is_blamed(outcome, record, probe=ticket.probe)
                 self._trials.struck(claim, outcome, now_s, blamed=blamed)
-                self._trials.part(claim, self._lanes.split(claim, at=at))
+                self._trials.part(claim, self._supply.lanes.split(claim, at=at))
             case (Ack() | Bury(), *_):
                 if isinstance(outcome, Delivered):
                     self._trials.delivered()
                 self._trials.over(claim)
-                self._lanes.done(claim.heads)
+                self._supply.lanes.done(claim.heads)
             case (Retry(), *_):
                 self._put_off(_tried(claim, now_ms), outcome, record, now_s, probe=False)
             case _:
@@ -540,7 +422,7 @@ class Forwarder:
             return
         final = [change.seq for change in changes if not isinstance(change, Retry)]
         self._tally.clear(final)
-        self._lanes.settled(final)
+        self._supply.settled(final)
         for head, change in zip(claim.heads, changes, strict=True):
             if isinstance(change, Bury):
                 # Without the answer, which may quote what the app sent: `show` has it.
@@ -558,7 +440,7 @@ class Forwarder:
         blamed = is_blamed(outcome, record, probe=probe)
         strikes = self._trials.struck(claim, outcome, now_s, blamed=blamed)
         wait_s = self._plan.backoff.wait_s(strikes, self._rng) if blamed else None
-        self._lanes.again(claim, until_s=None if wait_s is None else now_s + wait_s)
+        self._supply.lanes.again(claim, until_s=None if wait_s is None else now_s + wait_s)
 
     def _tell_breaker(
         self, claim: Claim, ticket: Ticket, outcome: Outcome, now_s: float, *, proven: bool

@@ -209,6 +209,8 @@ class Lanes:
         lane: _Lane | Claim | None = first
         while isinstance(lane, _Lane):
             while lane.queue and len(heads) < fit.events:
+                if urgent and lane.queue[0].seq > lane.urgent_upto:
+                    break
                 size = lane.queue[0].body_bytes + ITEM_BYTES
                 if heads and size > left_bytes:
                     break

@@ -24,7 +24,8 @@ from simulation.virtual_time import Note, StuckError, VirtualLoop, World
 from structlog.testing import capture_logs
 
 from agent.event import Event, lane_of
-from agent.forward.forwarder import Forwarder, Plan, forwarding
+from agent.forward.forwarder import Forwarder, forwarding
+from agent.forward.plan import Plan
 from agent.outbox.store import Store
 
 BATCHES = False
