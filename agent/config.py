@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -124,8 +124,6 @@ def load(
 
 def refresh(loaded: Loaded, environ: Mapping[str, str]) -> Loaded:
     """Return *loaded* with the files beside the configuration read anew; itself it is not."""
-    if any(problem.startswith(f"{_KEY_PROBLEM}:") for problem in loaded.problems):
-        return loaded  # the configuration itself holds what is no key: no file mends that
     names = sorted(loaded.settings.upstreams)
     values = {key.dotted: _value_of(loaded.settings, key) for key in keys_with(names).values()}
     origins = dict(loaded.origins)
@@ -133,7 +131,12 @@ def refresh(loaded: Loaded, environ: Mapping[str, str]) -> Loaded:
         dotted = f"{_section(name)}.write_key"
         if values[f"{dotted}_file"] or origins[dotted] == f"credential {_credential_of(name)}":
             values[dotted] = None
-    return _settled(values, origins, environ, loaded.file, names)
+    # Where the configuration itself holds what is no key, no file mends that.
+    own = tuple(f"{_section(name)}.write_key:" for name in ("", *names))
+    lasting = tuple(problem for problem in loaded.problems if problem.startswith(own))
+    told = {problem.partition(":")[0] for problem in lasting}
+    settled = _settled(values, origins, environ, loaded.file, names, told=told)
+    return replace(settled, problems=(*lasting, *settled.problems))
 
 
 def files_beside(loaded: Loaded, environ: Mapping[str, str]) -> tuple[Path, ...]:
@@ -156,12 +159,18 @@ def _settled(
     environ: Mapping[str, str],
     file: Path | None,
     names: Sequence[str],
+    *,
+    told: Collection[str] = (),
 ) -> Loaded:
-    """Return the decoded *values* with what lies outside of the file."""
+    """Return the decoded *values* with what lies outside of the file.
+
+    The keys *told* are known to be none, and nothing stands in for them.
+    """
     claims, unread = _app_keys(values, names)
     problems = list(unread)
     for name in ("", *names):
-        problems += _settle_key(name, values, origins, environ, file)
+        if f"{_section(name)}.write_key" not in told:
+            problems += _settle_key(name, values, origins, environ, file)
         problems += _file_problems(_section(name), values)
     problems += _near(environ, keys_with(names))
     if values.get("outbox.path", Path()) == Path():
@@ -473,8 +482,6 @@ def _disputes(claims: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 
 # --- what lies outside the file ---
-
-_KEY_PROBLEM = "upstream.write_key"
 
 
 def _app_keys(

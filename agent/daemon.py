@@ -32,7 +32,6 @@ from agent import __version__
 from agent.clock import Clock, SystemClock
 from agent.config import Loaded, files_beside, refresh
 from agent.console.control import PREFIX, Control
-from agent.console.status import worst
 from agent.errors import OutboxError
 from agent.forward.backoff import Backoff
 from agent.forward.budget import Budget, Window
@@ -47,8 +46,7 @@ from agent.ingest.destinations import Destinations
 from agent.ingest.guard import Guard
 from agent.ingest.routes import Mount, Routes
 from agent.ingest.server import serving
-from agent.outbox.reader import Reader, open_own_reader
-from agent.outbox.records import label
+from agent.outbox.reader import open_own_reader
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.upkeep import Retention, keep_up
 from agent.outbox.writer import Policy, Writer, open_writer
@@ -117,7 +115,7 @@ async def run(
             writer=writer,
             links=forwarders,
             clock=clock,
-            urls={name: settings.upstream_of(name).url for name in forwarders},
+            urls=_urls(settings, forwarders),
             max_bytes=int(settings.outbox.max_size),
         )
         parts = _Parts(
@@ -136,8 +134,8 @@ async def run(
         await enter(_background(salvage_damaged(writer)))
         await enter(_background(keep_up(writer, clock, parts.retention)))
         addresses = await enter(_serving(settings, parts.guard, parts.routes, environ))
-        await enter(_background(_follow(rereading, told, notifier, clock, searcher, forwarders)))
-        await enter(_background(_report(notifier, searcher, forwarders)))
+        await enter(_background(_follow(rereading, told, notifier, clock, control)))
+        await enter(_background(_report(notifier, control)))
         await enter(_background(_feed_watchdog(notifier, writer, clock, environ)))
         log.info(
             "agent.started",
@@ -151,7 +149,7 @@ async def run(
         missing = map(loaded.missing, forwarders)
         for problem in dict.fromkeys(filter(None, (*loaded.problems, *missing))):
             log.error("agent.misconfigured", problem=problem)
-        notifier.ready(await _summary(searcher, forwarders))
+        notifier.ready(await _summary(control))
         await interrupted.wait()
         notifier.stopping("finishing what is in flight")
         log.info("agent.stop_requested")
@@ -186,7 +184,9 @@ class _Parts:
         self.guard.adopt(_guard(settings))
         self.routes.max_body_bytes = settings.ingest.max_body
         self.routes.destinations = _destinations(loaded)
-        self.control.adopt(upstream=settings.upstream.url, max_bytes=int(settings.outbox.max_size))
+        self.control.adopt(
+            urls=_urls(settings, self.forwarders), max_bytes=int(settings.outbox.max_size)
+        )
         for name, forwarder in self.forwarders.items():
             await _redirect(forwarder, self.upstreams[name], settings, name, loaded.missing(name))
 
@@ -218,6 +218,10 @@ async def _redirect(
 
 
 # --- settings, as each part wants them ---
+
+
+def _urls(settings: Settings, names: Iterable[str]) -> dict[str, str]:
+    return {name: settings.upstream_of(name).url for name in names}
 
 
 def _policy(settings: Settings) -> Policy:
@@ -338,8 +342,7 @@ async def _follow(
     told: asyncio.Event,
     notifier: Notifier,
     clock: Clock,
-    reader: Reader,
-    forwarders: Mapping[str, Forwarder],
+    control: Control,
 ) -> None:
     """Read the configuration anew when *told*, and look after the files beside it."""
     while True:
@@ -352,7 +355,7 @@ async def _follow(
         told.clear()  # first: who asks again meanwhile has changed something since
         notifier.reloading(clock.monotonic_s())
         await rereading.reload()
-        notifier.ready(await _summary(reader, forwarders))
+        notifier.ready(await _summary(control))
 
 
 @asynccontextmanager
@@ -373,27 +376,23 @@ async def _forwarding_each(forwarders: Iterable[Forwarder]) -> AsyncIterator[Non
             ended.set()
 
 
-async def _report(notifier: Notifier, reader: Reader, forwarders: Mapping[str, Forwarder]) -> None:
+async def _report(notifier: Notifier, control: Control) -> None:
     said = ""
     while True:
         await asyncio.sleep(STATUS_INTERVAL_S)
-        summary = await _summary(reader, forwarders)
+        summary = await _summary(control)
         if summary != said:
             notifier.status(summary)
             said = summary
 
 
-async def _summary(reader: Reader, forwarders: Mapping[str, Forwarder]) -> str:
-    flows = {name: forwarder.flow() for name, forwarder in forwarders.items()}
-    name = worst({name: flow.state for name, flow in flows.items()})
-    flow = flows[name]
-    reason = f"{label(name)}: {flow.reason}" if len(flows) > 1 and flow.reason else flow.reason
+async def _summary(control: Control) -> str:
     try:
-        ledger = await reader.ledger()
+        status = await control.collected()
     except OutboxError as exc:
         return str(exc)
-    counts = f"{ledger.pending} pending, {ledger.delivered} delivered, {ledger.dead} dead"
-    return f"{flow.state}: {counts}" + (f"; {reason}" if reason else "")
+    counts = f"{status.pending} pending, {status.delivered} delivered, {status.dead} dead"
+    return f"{status.state}: {counts}" + (f"; {status.reason}" if status.reason else "")
 
 
 async def _feed_watchdog(

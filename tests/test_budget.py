@@ -19,9 +19,11 @@ NIGHT = Window(time(22), time(6))
 LUNCH = Window(time(11, 30), time(13))
 
 
-def closed_for_s(meter: Meter, *, now_s: float = 0.0, at: datetime = NOON, today: int = 0) -> float:
-    closed = meter.closed(now_s, at, today_bytes=today)
-    return 0.0 if closed is None else closed.until_s - now_s
+def kept_back_for_s(
+    meter: Meter, *, now_s: float = 0.0, at: datetime = NOON, today: int = 0
+) -> float:
+    kept_back = meter.kept_back(now_s, at, today_bytes=today)
+    return 0.0 if kept_back is None else kept_back.until_s - now_s
 
 
 # --- windows -----------------------------------------------------------------------------------------
@@ -36,21 +38,21 @@ def test_a_window_across_midnight_is_open_on_both_sides_of_it(
 ) -> None:
     meter = Meter(Budget(windows=(NIGHT,)))
     at = NOON.replace(hour=hour, minute=minute)
-    assert (meter.closed(0.0, at, today_bytes=0) is None) is opens
+    assert (meter.kept_back(0.0, at, today_bytes=0) is None) is opens
 
 
 def test_a_closed_window_says_when_the_next_one_opens() -> None:
     meter = Meter(Budget(windows=(NIGHT, LUNCH)))
-    found = meter.closed(0.0, NOON.replace(hour=9), today_bytes=0)
+    found = meter.kept_back(0.0, NOON.replace(hour=9), today_bytes=0)
     assert found is not None
     assert found.why == "outside forward.windows; opens at 11:30"
-    assert closed_for_s(meter, at=NOON) == 0.0
+    assert kept_back_for_s(meter, at=NOON) == 0.0
 
 
 def test_the_wall_clock_is_looked_at_each_minute_for_a_person_may_set_it() -> None:
     meter = Meter(Budget(windows=(NIGHT,)))
-    assert closed_for_s(meter, now_s=5.0) == 60.0
-    assert closed_for_s(meter, at=NOON.replace(hour=21, minute=59, second=50)) == 10.0
+    assert kept_back_for_s(meter, now_s=5.0) == 60.0
+    assert kept_back_for_s(meter, at=NOON.replace(hour=21, minute=59, second=50)) == 10.0
 
 
 @given(minutes=st.integers(0, 24 * 60 - 1), opens=st.times(), closes=st.times())
@@ -62,7 +64,7 @@ def test_whoever_waits_as_long_as_it_says_comes_to_an_open_window(
     meter = Meter(Budget(windows=(Window(opens, closes),)))
     at = NOON.replace(hour=0) + timedelta(minutes=minutes)
     looks = 0
-    while wait_s := closed_for_s(meter, at=at):
+    while wait_s := kept_back_for_s(meter, at=at):
         at += timedelta(seconds=wait_s)
         looks += 1
         assert looks <= 24 * 60 + 1
@@ -75,9 +77,9 @@ def test_events_leave_at_the_rate_on_average_whatever_a_request_holds() -> None:
     meter = Meter(Budget(events_per_s=10))
     now_s = 0.0
     for events in (1, 5, 200, 1, 1):
-        assert closed_for_s(meter, now_s=now_s) == 0.0
+        assert kept_back_for_s(meter, now_s=now_s) == 0.0
         meter.spend(now_s, events=events, sent_bytes=1)
-        now_s += closed_for_s(meter, now_s=now_s)
+        now_s += kept_back_for_s(meter, now_s=now_s)
     assert now_s == pytest.approx(208 / 10)
 
 
@@ -85,14 +87,14 @@ def test_time_without_events_is_not_saved_up() -> None:
     meter = Meter(Budget(bytes_per_s=1000))
     meter.spend(0.0, events=1, sent_bytes=500)
     meter.spend(1000.0, events=1, sent_bytes=2000)
-    assert closed_for_s(meter, now_s=1000.0) == pytest.approx(2.0)
+    assert kept_back_for_s(meter, now_s=1000.0) == pytest.approx(2.0)
 
 
 def test_a_day_that_is_spent_ends_at_midnight() -> None:
     meter = Meter(Budget(bytes_per_day=1000))
     late = NOON.replace(hour=23, minute=59, second=30)
-    assert closed_for_s(meter, at=late, today=999) == 0.0
-    assert closed_for_s(meter, at=late, today=1000) == 30.0
+    assert kept_back_for_s(meter, at=late, today=999) == 0.0
+    assert kept_back_for_s(meter, at=late, today=1000) == 30.0
     assert day_of(late) + 1 == day_of(late + timedelta(seconds=30))
 
 
@@ -100,7 +102,7 @@ def test_no_budget_never_closes() -> None:
     meter = Meter(Budget())
     meter.spend(0.0, events=10**9, sent_bytes=10**12)
     assert meter.unlimited
-    assert closed_for_s(meter, today=10**15) == 0.0
+    assert kept_back_for_s(meter, today=10**15) == 0.0
 
 
 # --- the daemon --------------------------------------------------------------------------------------

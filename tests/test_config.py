@@ -697,3 +697,21 @@ def test_beside_the_system_file_the_outbox_is_the_services(
     monkeypatch.setattr("agent.config.SYSTEM_FILE", file)
 
     assert str(load(file, {}).settings.outbox.path) == "/var/lib/tranthor-agent/outbox.db"
+
+
+def test_a_bad_key_of_a_named_upstream_is_still_told_after_the_files_were_read_anew(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(
+        '[upstreams.crm]\nurl = "https://a.example"\nwrite_key = "clé"\n'
+        '[upstream]\nurl = "https://b.example"\nwrite_key_file = "key"\n'
+    )
+    (tmp_path / "key").write_text("key-1")
+    loaded = load(config, {})
+    (tmp_path / "key").write_text("key-2")
+    anew = refresh(loaded, {})
+
+    assert anew.settings.upstream.write_key == WriteKey("key-2")
+    assert anew.problems == loaded.problems
+    assert "printable ASCII" in (anew.missing("crm") or "")

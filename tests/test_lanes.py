@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from agent.forward.claims import Claim
-from agent.forward.lanes import ITEM_BYTES, ONE, PARKED, Fit, Lanes
+from agent.forward.lanes import ITEM_BYTES, ONE, PARKED, Fit, Gap, Lanes
 from agent.outbox.records import Head
 
 NEVER_S = 1e9
@@ -59,12 +59,11 @@ class Outbox:
 
 def read_on(lanes: Lanes, outbox: Outbox, *, limit: int) -> bool:
     """Read one starved lane on, as the forwarder does; return whether there was one."""
-    starved = lanes.starved()
-    if starved is None:
+    gap = lanes.starved()
+    if gap is None:
         return False
-    lane, after, upto = starved
-    heads = outbox.lane(lane, after=after, upto=upto, limit=limit)
-    lanes.read_on(heads, complete=len(heads) < limit)
+    heads = outbox.lane(gap.user, after=gap.after, upto=gap.upto, limit=limit)
+    lanes.read_on(gap, heads, complete=len(heads) < limit)
     return True
 
 
@@ -470,6 +469,26 @@ def test_what_stands_behind_an_urgent_event_waits_for_its_window() -> None:
     assert lanes.take(0.0, fit=MANY, urgent=True) is None
 
 
+def test_what_is_read_of_one_lane_stays_in_it_though_another_starves_meanwhile() -> None:
+    lanes, outbox = backlogged()
+    outbox.append(2, urgent=True)
+    notice(lanes, outbox)
+    while (claim := lanes.take(0.0, urgent=True)) is not None:
+        lanes.done(claim.heads)
+    gap = lanes.starved()
+    assert gap is not None
+    assert gap.user == 2
+    outbox.append(3, urgent=True)
+    notice(lanes, outbox)
+    while (claim := lanes.take(0.0, urgent=True)) is not None:
+        lanes.done(claim.heads)
+    own = outbox.lane(2, after=gap.after, upto=gap.upto, limit=2)
+    lanes.read_on(gap, own, complete=False)
+    claim = lanes.take(0.0, fit=MANY, urgent=True)
+    assert claim is not None
+    assert {event.lane for event in claim.heads} == {2}
+
+
 # --- any history -------------------------------------------------------------------------------------
 
 USERS = 5
@@ -493,6 +512,8 @@ class AnyHistory(RuleBasedStateMachine):
         self.not_before_s: dict[int, float] = {}
         self.settled: set[int] = set()
         self.unsynced: set[int] = set()
+        self.synced: set[int] = set()
+        self.reading: tuple[Gap, list[Head], bool] | None = None
         self.evicted: set[int] = set()
 
     def picked(self, data: st.DataObject) -> Claim:
@@ -536,17 +557,20 @@ class AnyHistory(RuleBasedStateMachine):
         for user in users:
             self.outbox.append(user, urgent=urgent)
 
+    @precondition(lambda self: getattr(self, "reading", None) is None)
     @rule(limit=st.integers(1, 4))
     def scan(self, limit: int) -> None:
         limit = min(limit, self.lanes.room)
         heads = self.outbox.scan(after=self.lanes.cursor, limit=limit)
         self.lanes.scanned(heads, complete=len(heads) < limit)
 
+    @precondition(lambda self: getattr(self, "reading", None) is None)
     @rule(limit=st.integers(1, 4))
     def count_ahead(self, limit: int) -> None:
         heads = self.outbox.scan(after=self.lanes.tail, limit=limit)
         self.lanes.counted([(event.seq, event.lane, event.urgent) for event in heads])
 
+    @precondition(lambda self: getattr(self, "reading", None) is None)
     @rule(limit=st.integers(1, 4))
     def look_ahead(self, limit: int) -> None:
         limit = min(limit, self.lanes.room_ahead)
@@ -556,12 +580,35 @@ class AnyHistory(RuleBasedStateMachine):
     def sync(self) -> None:
         for each in self.unsynced:
             self.outbox.pending.pop(each, None)
-        self.lanes.settled(self.unsynced)
+        if self.reading is None:
+            self.lanes.settled(self.unsynced)
+        else:  # what is being read may be of before
+            self.synced |= self.unsynced
         self.unsynced.clear()
 
     @rule(limit=st.integers(1, 4))
     def read_a_starved_lane_on(self, limit: int) -> None:
-        read_on(self.lanes, self.outbox, limit=min(limit, self.per_lane))
+        if self.reading is None:
+            read_on(self.lanes, self.outbox, limit=min(limit, self.per_lane))
+
+    @precondition(lambda self: getattr(self, "reading", None) is None)
+    @rule(limit=st.integers(1, 4))
+    def begin_to_read_a_starved_lane(self, limit: int) -> None:
+        gap = self.lanes.starved()
+        if gap is not None:
+            limit = min(limit, self.per_lane)
+            heads = self.outbox.lane(gap.user, after=gap.after, upto=gap.upto, limit=limit)
+            self.reading = gap, heads, len(heads) < limit
+
+    @precondition(lambda self: getattr(self, "reading", None) is not None)
+    @rule()
+    def end_to_read_it(self) -> None:
+        assert self.reading is not None
+        gap, heads, complete = self.reading
+        self.reading = None
+        self.lanes.read_on(gap, heads, complete=complete)
+        self.lanes.settled(self.synced)
+        self.synced.clear()
 
     @rule(events=st.integers(1, 5))
     def send(self, events: int) -> None:
@@ -639,6 +686,8 @@ class AnyHistory(RuleBasedStateMachine):
         """Whatever happened, all there is goes out, and nothing stays in memory."""
         if not hasattr(self, "lanes"):
             return
+        if self.reading is not None:
+            self.end_to_read_it()
         for key in list(self.sending):
             self.settle(self.sending.pop(key))
         self.now_s += 100.0
@@ -686,10 +735,12 @@ def test_a_lane_is_read_on_behind_what_was_passed_over_until_it_is_complete() ->
     assert first is not None
     lanes.done(first.heads)
 
-    assert lanes.starved() == (1, 1, 9)
-    lanes.read_on([], complete=False, upto=5)
-    assert lanes.starved() == (1, 5, 9)
-    lanes.read_on([head(9, 1)], complete=True, upto=9)
+    gap = lanes.starved()
+    assert gap == Gap(key=1, user=1, after=1, upto=9)
+    lanes.read_on(gap, [], complete=False, upto=5)
+    gap = lanes.starved()
+    assert gap == Gap(key=1, user=1, after=5, upto=9)
+    lanes.read_on(gap, [head(9, 1)], complete=True, upto=9)
     assert lanes.starved() is None
     second = lanes.take(0.0)
     assert second is not None

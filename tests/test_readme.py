@@ -162,7 +162,10 @@ def test_the_demo_finds_that_every_sum_matches() -> None:
 
 def test_the_two_one_line_commands_stand_where_the_check_looks_for_them() -> None:
     text = README.read_text()
-    for mark, end in (("the demo", "tranthor-agent demo"), ("the tests", "-m pytest")):
+    for mark, end in (
+        ("the demo", "tranthor-agent demo"),
+        ("the tests", "-m pytest -n 4 --dist worksteal"),
+    ):
         block = re.search(rf"<!-- {mark} -->\n```sh\n([^\n]+)\n```", text)
         assert block is not None
         assert block[1].startswith("python3 -m venv .venv && ")

@@ -80,9 +80,9 @@ class Control:
         # One search at a time: others wait here, not in the reader's thread, where none can end.
         self._searching = asyncio.Lock()
 
-    def adopt(self, *, upstream: str, max_bytes: int) -> None:
-        """Tell these from now on; *upstream* is the default one."""
-        self._urls, self._max_bytes = {**self._urls, "": upstream}, max_bytes
+    def adopt(self, *, urls: Mapping[str, str], max_bytes: int) -> None:
+        """Tell these from now on."""
+        self._urls, self._max_bytes = urls, max_bytes
 
     async def answer(self, request: Request) -> Answer:
         """Answer one request below `PREFIX`."""
@@ -117,7 +117,7 @@ class Control:
         from agent.console.metrics import CONTENT_TYPE, exposition  # noqa: PLC0415
 
         try:
-            status = await self._collected()
+            status = await self.collected()
         except OutboxError as exc:
             return refuse_for(exc)
         return Answer(status=200, body=exposition(status), content_type=CONTENT_TYPE)
@@ -174,9 +174,10 @@ class Control:
         return await self._status()
 
     async def _status(self) -> Answer:
-        return answer_json(await self._collected())
+        return answer_json(await self.collected())
 
-    async def _collected(self) -> Status:
+    async def collected(self) -> Status:
+        """Return what `status` tells. Raises `OutboxError`."""
         return await collect(
             self._reader,
             now_ms=self._clock.wall_ms(),

@@ -146,6 +146,8 @@ class Breaker:
                 )
             case Closed():  # to refuse takes less time than to store
                 pass
+            case HalfOpen(Open(why=why) | Held(why=why)) if self._told_s > now_s:
+                self._enter(self._asked(why))
             case HalfOpen():
                 self._enter(Closed())
                 self._limit.restart(now_s, took_s=now_s - ticket.sent_s, events=delivered)
@@ -181,7 +183,7 @@ class Breaker:
         if retry_after_s is not None:
             self._told_s = max(self._told_s, now_s + retry_after_s)
         if ticket.epoch != self._epoch:
-            self._obey()
+            self._obey(now_s, why)
             return
         before = self._state.since if isinstance(self._state, HalfOpen) else None
         failures = before.failures + 1 if isinstance(before, Open) else 1
@@ -190,8 +192,11 @@ class Breaker:
         wait_s = 0.0 if self._eager and not obeys else self._backoff.wait_s(failures, self._rng)
         self._enter(Open(max(now_s, self._told_s) + wait_s, failures, why, obeys=obeys))
 
-    def _obey(self) -> None:
+    def _obey(self, now_s: float, why: str) -> None:
+        """Keep to what was asked for in answer to a request of before; a probe that is out ends first."""
         match self._state:
+            case Closed() if self._told_s > now_s:
+                self._enter(self._asked(why))
             case Open(until_s) as state if until_s < self._told_s:
                 until_s = self._told_s + self._backoff.wait_s(1, self._rng)
                 self._state = replace(state, until_s=until_s, obeys=True)
@@ -199,6 +204,10 @@ class Breaker:
                 self._state = replace(state, until_s=self._told_s)
             case _:
                 pass
+
+    def _asked(self, why: str) -> Open:
+        until_s = self._told_s + self._backoff.wait_s(1, self._rng)
+        return Open(until_s, 1, why, obeys=True)
 
     def hold(self, ticket: Ticket, now_s: float, why: str) -> None:
         """The agent is misconfigured: stop, and look again rarely."""

@@ -40,7 +40,7 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Closed:
+class KeptBack:
     """Nothing may go before *until_s*, when it is to be asked again; *why* is for people."""
 
     until_s: float
@@ -56,15 +56,17 @@ class Meter:
         self._bytes_paid_s = float("-inf")
         self.unlimited = budget == Budget()
 
-    def closed(self, now_s: float, local: datetime, *, today_bytes: int) -> Closed | None:
+    def kept_back(self, now_s: float, local: datetime, *, today_bytes: int) -> KeptBack | None:
         """Return why nothing may go now; *today_bytes* were sent since midnight. None: go."""
         budget = self._budget
         if budget.windows and not any(window.holds(local.time()) for window in budget.windows):
             opens = min(_next(local, window.opens) for window in budget.windows)
-            return _closed(now_s, local, opens, f"outside forward.windows; opens at {opens:%H:%M}")
+            return _kept_back_until(
+                now_s, local, opens, f"outside forward.windows; opens at {opens:%H:%M}"
+            )
         if budget.bytes_per_day and today_bytes >= budget.bytes_per_day:
             midnight = _next(local, time())
-            return _closed(
+            return _kept_back_until(
                 now_s,
                 local,
                 midnight,
@@ -75,7 +77,7 @@ class Meter:
             (self._events_paid_s, "max_events_per_s"), (self._bytes_paid_s, "max_bytes_per_s")
         )
         if paid_s > now_s:
-            return Closed(paid_s, f"as fast as forward.{key} lets it")
+            return KeptBack(paid_s, f"as fast as forward.{key} lets it")
         return None
 
     def spend(self, now_s: float, *, events: int, sent_bytes: int) -> None:
@@ -100,6 +102,6 @@ def _next(local: datetime, at: time) -> datetime:
     return today if today > local else today + timedelta(days=1)
 
 
-def _closed(now_s: float, local: datetime, opens: datetime, why: str) -> Closed:
+def _kept_back_until(now_s: float, local: datetime, opens: datetime, why: str) -> KeptBack:
     wait_s = (opens - local).total_seconds()
-    return Closed(now_s + min(wait_s, _LOOK_AGAIN_S), why)
+    return KeptBack(now_s + min(wait_s, _LOOK_AGAIN_S), why)

@@ -96,7 +96,7 @@ class Limit:
 
     def answered(self, now_s: float, *, took_s: float, events: int, round_: int) -> None:
         """Take in an attempt that succeeded, with the *round* in which it was sent."""
-        slow = self._slow(now_s, took_s, events)
+        slow = self._weigh(now_s, took_s, events)
         if round_ != self.round:
             return
         self.rests_until_s = None
@@ -114,7 +114,7 @@ class Limit:
         if self._slowness > self._answers:
             self._set(self.value * _SLOWED)
         else:
-            self._set(self.value + self._reached)
+            self._set(self.value + (1 if self._reached else 0))
 
     def refused(self, *, round_: int) -> float:
         """Take in that the upstream said it has too much; return how long to rest, in seconds."""
@@ -132,7 +132,7 @@ class Limit:
         self._quickest = {size: (s, now_s) for size, (s, _) in self._quickest.items()}
         self._set(1.0)
         self.rests_until_s = None
-        if events and self._leaves(self._slow(now_s, took_s, events)):
+        if events and self._leaves(self._weigh(now_s, took_s, events)):
             self._rest(now_s, took_s)
 
     def cap(self, ceiling: int) -> None:
@@ -140,8 +140,8 @@ class Limit:
         self._ceiling = float(ceiling)
         self._set(self.value)
 
-    def _slow(self, now_s: float, took_s: float, events: int) -> float:
-        """Return what an answer took, in parts of what is still borne."""
+    def _weigh(self, now_s: float, took_s: float, events: int) -> float:
+        """Return how slow an answer was, in parts of what is still borne, and learn from it."""
         size = events.bit_length()
         quickest_s, since_s = self._quickest.get(size, (_UNHURRIED_S, now_s))
         slow = took_s / (quickest_s * _TOLERANCE + _SLACK_S)

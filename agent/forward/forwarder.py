@@ -21,17 +21,15 @@ import structlog
 
 from agent.clock import Clock
 from agent.errors import OutboxError
-from agent.forward import budget
 from agent.forward.batch import MAX_BATCH_BYTES, envelope
 from agent.forward.breaker import Breaker, Closed, HalfOpen, Held, Open, Ticket
-from agent.forward.budget import REQUEST_BYTES, Meter, day_of
+from agent.forward.budget import REQUEST_BYTES, KeptBack, Meter, day_of
 from agent.forward.claims import Claim
 from agent.forward.disposition import (
     Delivered,
     Failed,
     Misconfigured,
     Outcome,
-    Record,
     Rejected,
     Split,
     Unavailable,
@@ -109,7 +107,7 @@ class Forwarder:
         self._unsettled = 0
         self._trials = Trials()
         self._recollected = False
-        self._kept_back: budget.Closed | None = None
+        self._kept_back: KeptBack | None = None
         """What the budget waits for."""
         self._last_error: str | None = None
         self._last_error_ms: int | None = None
@@ -296,11 +294,11 @@ class Forwarder:
         opens_at_s = self._breaker.opens_at_s()
         return lanes_at_s if opens_at_s is None else max(lanes_at_s, opens_at_s)
 
-    def _ask_budget(self, now_s: float) -> budget.Closed | None:
+    def _ask_budget(self, now_s: float) -> KeptBack | None:
         if self._meter.unlimited:
             return None
         local = self._local()
-        return self._meter.closed(now_s, local, today_bytes=self._tally.bytes_of(day_of(local)))
+        return self._meter.kept_back(now_s, local, today_bytes=self._tally.bytes_of(day_of(local)))
 
     def _local(self) -> datetime:
         return datetime.fromtimestamp(self._clock.wall_ms() / 1000, UTC).astimezone()
@@ -393,9 +391,9 @@ class Forwarder:
         self._tell_breaker(claim, ticket, outcome, now_s, proven=record.proven)
         if isinstance(decided, tuple):
             self._settle(claim, decided)
+        blamed = is_blamed(outcome, record, probe=ticket.probe)
         match decided:
             case Split(at):
-                blamed = is_blamed(outcome, record, probe=ticket.probe)
                 self._trials.struck(claim, outcome, now_s, blamed=blamed)
                 self._trials.part(claim, self._supply.lanes.split(claim, at=at))
             case (Ack() | Bury(), *_):
@@ -404,9 +402,9 @@ class Forwarder:
                 self._trials.over(claim)
                 self._supply.lanes.done(claim.heads)
             case (Retry(), *_):
-                self._put_off(_tried(claim, now_ms), outcome, record, now_s, probe=False)
+                self._put_off(_tried(claim, now_ms), outcome, now_s, blamed=blamed)
             case _:
-                self._put_off(claim, outcome, record, now_s, probe=ticket.probe)
+                self._put_off(claim, outcome, now_s, blamed=blamed)
 
     def _settle(self, claim: Claim, changes: tuple[Settlement, ...]) -> None:
         self._unsettled += len(changes)
@@ -433,11 +431,8 @@ class Forwarder:
                     status=change.status,
                 )
 
-    def _put_off(
-        self, claim: Claim, outcome: Outcome, record: Record, now_s: float, *, probe: bool
-    ) -> None:
+    def _put_off(self, claim: Claim, outcome: Outcome, now_s: float, *, blamed: bool) -> None:
         """Let other lanes go first; a claim whose own failure this may be waits longer each time."""
-        blamed = is_blamed(outcome, record, probe=probe)
         strikes = self._trials.struck(claim, outcome, now_s, blamed=blamed)
         wait_s = self._plan.backoff.wait_s(strikes, self._rng) if blamed else None
         self._supply.lanes.again(claim, until_s=None if wait_s is None else now_s + wait_s)

@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import NamedTuple
 
 from agent.forward.census import Census
 from agent.forward.claims import Claim, part
@@ -55,6 +56,15 @@ class Fit:
 
 
 ONE = Fit(events=1, batch_bytes=0)
+
+
+class Gap(NamedTuple):
+    """What is to be read of one lane: the events of *user* with after < seq <= upto."""
+
+    key: int
+    user: int
+    after: int
+    upto: int
 
 
 @dataclass(slots=True, eq=False)
@@ -169,19 +179,20 @@ class Lanes:
             self._welcome(self._lane(head, fresh=True), head)
         self.tail = max(self.tail, upto)
 
-    def starved(self) -> tuple[int, int, int] | None:
-        """Return (user, after, upto) of a lane that must be read on and may, or None."""
+    def starved(self) -> Gap | None:
+        """Return what must be read on of a lane, and may, or None."""
         if not self._starved:
             return None
         lane = self._starved[0]
         if not (self._room_for_urgent if lane.fresh else self.room):
             return None
         upto = max(self.cursor, lane.urgent_upto) if self._ordered else lane.key
-        return lane.user, lane.last_seq, upto
+        return Gap(lane.key, lane.user, lane.last_seq, upto)
 
-    def read_on(self, heads: list[Head], *, complete: bool, upto: int = 0) -> None:
-        """Take in the next events of the lane that `starved` named; *complete*: up to where it said."""
-        lane = self._starved.popleft()
+    def read_on(self, gap: Gap, heads: list[Head], *, complete: bool, upto: int = 0) -> None:
+        """Take in what was read for *gap*; *complete*: up to its end."""
+        lane = self._lanes[gap.key]
+        self._starved.remove(lane)
         lane.behind = not complete
         for head in heads:
             if head.seq in self._ahead:  # sent, and not settled yet

@@ -82,12 +82,11 @@ class Supply:
 
     async def _read_on(self, urgent: tuple[str, ...], *, flows: bool) -> bool:
         lanes = self.lanes
-        while (starved := lanes.starved()) is not None:
-            key, after, upto = starved
+        while (gap := lanes.starved()) is not None:
             scan = await self._reader.lane(
-                key, self._name, after=after, upto=upto, limit=PER_LANE, urgent=urgent
+                gap.user, self._name, after=gap.after, upto=gap.upto, limit=PER_LANE, urgent=urgent
             )
-            lanes.read_on(scan.heads, complete=not scan.more, upto=scan.upto)
+            lanes.read_on(gap, scan.heads, complete=not scan.more, upto=scan.upto)
         if self._may_scan:
             self._scan_due = False
             scan = await self._reader.scan(

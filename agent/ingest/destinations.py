@@ -16,7 +16,7 @@ PREFIX = "/w/"
 """In front of the usual path: /w/NAME/api/public/apps/track."""
 
 _RETRY_S = 60
-"""A file of keys is read again when the agent starts, or is told to."""
+"""Files of keys are looked at every ten seconds (`agent.rereading`); a person mends one in minutes."""
 
 
 def behind_prefix(path: str) -> str:

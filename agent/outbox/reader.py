@@ -109,13 +109,13 @@ SELECT MIN(CASE WHEN upstream = '' THEN seq END), MAX(seq), COUNT(*)
          WHERE seq > :after
          ORDER BY seq
          LIMIT :looked)
-"""  # noqa: S608  # as above
+"""  # noqa: S608  # fragments of this module
 
 _WAITING = f"""
 SELECT seq, lane, {_URGENT}, {_NAME}
   FROM pending
  WHERE seq > :after
-"""  # noqa: S608  # as above
+"""  # noqa: S608  # fragments of this module
 
 _WAITING_NAMED = f"""
 SELECT seq, lane, {_URGENT}, upstream
@@ -123,7 +123,7 @@ SELECT seq, lane, {_URGENT}, upstream
  WHERE upstream = :upstream
    AND upstream <> ''
    AND seq > :after
-"""  # noqa: S608  # as above
+"""  # noqa: S608  # fragments of this module
 
 _STILL_PENDING = """
 SELECT seq

@@ -130,7 +130,7 @@ class Writer:
 
     @property
     def pressed(self) -> bool:
-        """Whether apps wait for more than a commit or two can bring: what can wait should."""
+        """Whether so many events wait to be stored that deliveries should stand back."""
         return self._intake.pressed
 
     @property
