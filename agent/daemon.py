@@ -40,12 +40,13 @@ from agent.forward.forwarder import Forwarder, forwarding
 from agent.forward.link import watching
 from agent.forward.plan import Plan
 from agent.forward.succession import Succession, succession
-from agent.forward.tally import open_tally, tally_path
+from agent.forward.tally import open_tally
 from agent.forward.upstream import Target, tls_fault
 from agent.ingest.destinations import Destinations
 from agent.ingest.guard import Guard
 from agent.ingest.routes import Mount, Routes
 from agent.ingest.server import serving
+from agent.outbox.files import tally_of
 from agent.outbox.reader import open_own_reader
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.upkeep import Retention, keep_up
@@ -103,7 +104,7 @@ async def run(
                 reader=await enter(open_own_reader(settings.outbox.path, on_damage=writer.suspect)),
                 upstream=None if unconfigured else upstream,
                 plan=_plan(settings, name),
-                tally=stack.enter_context(open_tally(tally_path(settings.outbox.path, name))),
+                tally=stack.enter_context(open_tally(tally_of(settings.outbox.path, name))),
                 clock=clock,
                 rng=random.Random(),  # noqa: S311  # spreads load, guards nothing
                 unconfigured=unconfigured or "",
@@ -127,6 +128,7 @@ async def run(
             control=control,
             guard=_guard(settings),
             routes=_routes(loaded, writer, clock, control),
+            app_keys=loaded.app_keys,
         )
         rereading = Rereading(loaded, noticed, environ, parts)
         await enter(_forwarding_each(forwarders.values()))
@@ -168,6 +170,7 @@ class _Parts:
     control: Control
     guard: Guard
     routes: Routes
+    app_keys: Mapping[str, str]
 
     def fault(self, settings: Settings) -> str | None:
         faults = (
@@ -183,7 +186,8 @@ class _Parts:
         self.writer.adopt(_policy(settings))
         self.guard.adopt(_guard(settings))
         self.routes.max_body_bytes = settings.ingest.max_body
-        self.routes.destinations = _destinations(loaded)
+        self.routes.destinations = _destinations(loaded, self.forwarders, self.app_keys)
+        self.app_keys = loaded.app_keys
         self.control.adopt(
             urls=_urls(settings, self.forwarders), max_bytes=int(settings.outbox.max_size)
         )
@@ -283,7 +287,7 @@ def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> R
         writer,
         clock,
         max_body_bytes=loaded.settings.ingest.max_body,
-        destinations=_destinations(loaded),
+        destinations=_destinations(loaded, ("", *loaded.settings.upstreams), {}),
         mounts=(
             Mount(PREFIX, control.answer),
             Mount("/healthz", control.health),
@@ -293,11 +297,15 @@ def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> R
     )
 
 
-def _destinations(loaded: Loaded) -> Destinations:
-    names = tuple(loaded.settings.upstreams)
-    # A new name has no forwarder before the next start, nor its key an event.
-    digests = {digest: name for digest, name in loaded.app_keys.items() if name in names}
-    return Destinations(names, digests, loaded.unknown_app_keys)
+def _destinations(
+    loaded: Loaded, running: Iterable[str], app_keys: Mapping[str, str]
+) -> Destinations:
+    """Return where events go among the *running* upstreams; *app_keys* were claimed until now."""
+    names = tuple(name for name in running if name)
+    # One that the configuration has no more goes on to the next start, and its apps with it.
+    kept = {digest: name for digest, name in app_keys.items() if name in names}
+    left = {digest: name for digest, name in kept.items() if name not in loaded.app_keys.values()}
+    return Destinations(names, {**left, **loaded.app_keys}, loaded.unknown_app_keys)
 
 
 def _guard(settings: Settings) -> Guard:

@@ -37,7 +37,7 @@ class Policy(Protocol):
     def fail(
         self, ticket: Ticket, now_s: float, why: str, *, retry_after_s: float | None = None
     ) -> None: ...
-    def flush(self, now_s: float) -> None: ...
+    def probe_early(self, now_s: float) -> object: ...
 
 
 def ours(rng: random.Random) -> Policy:
@@ -84,7 +84,7 @@ class FixedInterval:
         self._up = False
         self._until_s = now_s + max(self.INTERVAL_S, retry_after_s or 0.0)
 
-    def flush(self, now_s: float) -> None:
+    def probe_early(self, now_s: float) -> None:
         """It knows no such thing; the next attempt comes within its interval."""
 
 
@@ -356,7 +356,7 @@ class Fleet:
             if what.wakes_s == self._now_s:
                 what.wakes_s = inf
             if kind == _LINK:
-                what.policy.flush(self._now_s)
+                what.policy.probe_early(self._now_s)
             self._send(what)
         elif isinstance(what, Request):
             self._answered(kind, what)

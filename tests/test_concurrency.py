@@ -201,6 +201,14 @@ def test_a_refused_bad_event_as_probe_tells_nothing_about_slowness() -> None:
     assert caller.of.rests_until_s is None
 
 
+def test_a_slow_server_or_thin_link_is_taken_for_usual_from_the_first_answer() -> None:
+    limit = Limit(8, random.Random(1))
+    for took_s, events in ((2.0, 1), (9.0, 200)):
+        for _ in range(3):
+            limit.answered(0.0, took_s=took_s, events=events, round_=limit.round)
+            assert limit.rests_until_s is None
+
+
 def test_who_begins_in_an_overload_does_not_take_it_for_normal() -> None:
     caller = Caller(limit())
     assert caller.rest(10.0) > 0

@@ -489,6 +489,24 @@ def test_what_is_read_of_one_lane_stays_in_it_though_another_starves_meanwhile()
     assert {event.lane for event in claim.heads} == {2}
 
 
+def test_what_was_dropped_behind_a_parked_event_is_taken_in_when_it_is_read_again() -> None:
+    lanes = Lanes(window=8, per_lane=2)
+    lanes.scanned([head(1, 7)], complete=False)
+    lanes.counted([(2, 7, 0)])
+    lanes.noticed([head(5, 9), head(6, 9)])
+    lanes.counted([(7, 8, 0)])
+    parked = next(claim for claim in (taken(lanes), taken(lanes)) if claim.heads[0].lane == 9)
+    lanes.scanned([head(2, 7), head(5, 9), head(6, 9)], complete=False)
+    lanes.again(parked, until_s=1.0)
+    while seq(claim := taken(lanes, 2.0)) != 5:
+        lanes.done(claim.heads)
+    lanes.done(claim.heads)
+    gap = lanes.starved()
+    assert gap is not None
+    lanes.read_on(gap, [head(6, 9)], complete=True)
+    assert seq(taken(lanes, 3.0)) == 6
+
+
 # --- any history -------------------------------------------------------------------------------------
 
 USERS = 5

@@ -9,11 +9,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from agent.forward.tally import TALLY_BYTES, Tally, open_tally, tally_path
+from agent.forward.tally import TALLY_BYTES, Tally, open_tally
+from agent.outbox.files import tally_of
 
 
 def test_what_was_sent_and_not_settled_is_in_doubt_in_the_next_life(tmp_path: Path) -> None:
-    path = tally_path(tmp_path / "outbox.db")
+    path = tally_of(tmp_path / "outbox.db", "")
     with open_tally(path) as tally:
         assert tally.sending([1, 2, 3]) == 0
         tally.clear([2])

@@ -227,6 +227,7 @@ class Breaker:
     def flush(self, now_s: float) -> None:
         """End the wait: the next event is sent as a probe now."""
         self._told_s = float("-inf")
+        self._limit.forget()
         if isinstance(self._state, Open | Held):
             self._enter(replace(self._state, until_s=now_s))
 
@@ -238,6 +239,7 @@ class Breaker:
         self._backoff, self._hold_probe_s = backoff, hold_probe_s
         self._told_s = float("-inf")
         self._limit.cap(ceiling)
+        self._limit.forget()
         match self._state:
             case Closed():
                 self._enter(Closed())

@@ -18,6 +18,7 @@ correct what they see late swing between flood and drought (`benchmarks/herd.py`
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 REST_MAX_S = 120.0
 """The longest mean rest: of 100,000 machines then 800 a second come back."""
@@ -33,10 +34,11 @@ _SLACK_S = 0.05
 """An answer is slow that took longer than twice the quickest, and 50 ms: below that are
 the sleeps of radios and the turns of a small machine's scheduler."""
 
-_UNHURRIED_S = 0.35
-"""How long an upstream is believed to take before it was seen quicker: twice of it is a satellite.
-Who starts in the middle of an overload must not take more for normal; what is even farther away is
-believed after `_IN_VAIN` rests."""
+_UNHURRIED_S = 1.0
+_UNHURRIED_EACH_S = 0.02
+"""How long an upstream is believed to take for a request and each of its events, before it was seen
+quicker: twice of it is a thin link or a slow server, and more an overload. A fleet that starts in the
+middle of one must not take it for usual; what takes even longer is believed after `_IN_VAIN` rests."""
 
 _REFUSED_REST_S = 0.15
 """The shortest mean rest after "too much": it doubles while it is said again."""
@@ -82,7 +84,8 @@ class Limit:
         """The mean of the last rest."""
         self._was_quick = True
         """Whether any answer since then was quick."""
-        self._in_vain = 0
+        self._in_vain: Counter[int] = Counter()
+        """Rests in a row that changed nothing, by size as above."""
         self._answers = 0
         self._slowness = 0.0
         """Of the round's answers, the sum."""
@@ -101,11 +104,11 @@ class Limit:
             return
         self.rests_until_s = None
         if slow <= _MUCH:
-            self._in_vain = 0
+            self._in_vain[events.bit_length()] = 0
         if slow <= 1:
             self._was_quick = True
         elif self.value <= 1 and self._leaves(slow):
-            self._rest(now_s, took_s)
+            self._rest(now_s, took_s, events)
             return
         self._answers += 1
         self._slowness += min(slow, _OUTLIER)
@@ -119,6 +122,7 @@ class Limit:
     def refused(self, *, round_: int) -> float:
         """Take in that the upstream said it has too much; return how long to rest, in seconds."""
         if self.value <= 1:
+            self._in_vain.update(self._quickest.keys())
             return self._next_rest_s(_REFUSED_REST_S)
         if round_ == self.round:
             self._set(self.value * _REFUSED)
@@ -133,7 +137,13 @@ class Limit:
         self._set(1.0)
         self.rests_until_s = None
         if events and self._leaves(self._weigh(now_s, took_s, events)):
-            self._rest(now_s, took_s)
+            self._rest(now_s, took_s, events)
+
+    def forget(self) -> None:
+        """Take what comes next for what is usual: a person says so, or it is another upstream."""
+        self._quickest.clear()
+        self._in_vain.clear()
+        self._rest_s, self.rests_until_s = 0.0, None
 
     def cap(self, ceiling: int) -> None:
         """Go up to *ceiling* from now on."""
@@ -143,10 +153,13 @@ class Limit:
     def _weigh(self, now_s: float, took_s: float, events: int) -> float:
         """Return how slow an answer was, in parts of what is still borne, and learn from it."""
         size = events.bit_length()
-        quickest_s, since_s = self._quickest.get(size, (_UNHURRIED_S, now_s))
+        unhurried_s = _UNHURRIED_S + _UNHURRIED_EACH_S * events
+        quickest_s, since_s = self._quickest.get(size, (unhurried_s, now_s))
         slow = took_s / (quickest_s * _TOLERANCE + _SLACK_S)
         took_s = max(took_s, _LEAST_S)
-        doubted = now_s - since_s > _BELIEVED_S or (slow > _MUCH and self._in_vain >= _IN_VAIN)
+        doubted = now_s - since_s > _BELIEVED_S or (
+            slow > _MUCH and self._in_vain[size] >= _IN_VAIN
+        )
         believed_s = min(took_s, quickest_s * 2 if doubted else quickest_s)
         if doubted or believed_s < quickest_s or size not in self._quickest:
             self._quickest[size] = believed_s, now_s
@@ -156,7 +169,8 @@ class Limit:
         """Return whether this is one of those that go: none while all is well, all at twice as slow."""
         return self._rng.random() < slow - 1
 
-    def _rest(self, now_s: float, took_s: float) -> None:
+    def _rest(self, now_s: float, took_s: float, events: int) -> None:
+        self._in_vain[events.bit_length()] += 1
         self.rests_until_s = now_s + self._next_rest_s(took_s)
         self._set(1.0)
 
@@ -164,7 +178,6 @@ class Limit:
         mean_s = self._rest_s * (0.5 if self._was_quick else 2.0)
         self._rest_s = min(max(mean_s, took_s), took_s * _REST_MOST, REST_MAX_S)
         self._was_quick = False
-        self._in_vain += 1
         return self._rest_s * self._rng.uniform(*_JITTER)
 
     def _set(self, value: float) -> None:

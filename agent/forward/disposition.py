@@ -42,6 +42,8 @@ _ANSWER_CHARS = 500
 SPLIT_AFTER = 3
 """Failures in a row after which a claim is split while others are delivered; twice as many if not."""
 
+TOO_LARGE = 413
+
 _BUSY = frozenset({408, 425, 429, 502, 503, 504})
 _TOO_MUCH = frozenset({429, 503})
 _CLOUDFLARE_ORIGIN_ERRORS = range(520, 528)
@@ -140,7 +142,7 @@ def classify(response: Response, *, now_ms: int) -> Outcome:
         )
     if status >= 500 and status != _NETWORK_LOGIN:
         return Failed(status, answer)
-    if status == 413:  # a proxy in between that finds it too large will find it so for ever
+    if status == TOO_LARGE:  # a proxy in between that finds it too large will find it so for ever
         return Rejected(status, answer)
     if status in _EVENT_AT_FAULT and not _is_html(response):
         if re.search(r"\bheaders\b.*\bauthorization\b", answer, re.IGNORECASE):

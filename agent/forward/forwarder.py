@@ -26,6 +26,7 @@ from agent.forward.breaker import Breaker, Closed, HalfOpen, Held, Open, Ticket
 from agent.forward.budget import REQUEST_BYTES, KeptBack, Meter, day_of
 from agent.forward.claims import Claim
 from agent.forward.disposition import (
+    TOO_LARGE,
     Delivered,
     Failed,
     Misconfigured,
@@ -106,6 +107,7 @@ class Forwarder:
         self._in_flight = 0
         self._unsettled = 0
         self._trials = Trials()
+        self._batch_bytes = MAX_BATCH_BYTES
         self._recollected = False
         self._kept_back: KeptBack | None = None
         """What the budget waits for."""
@@ -136,6 +138,7 @@ class Forwarder:
         if plan.budget != self._plan.budget:
             self._meter = Meter(plan.budget)
         self._plan = plan
+        self._batch_bytes = MAX_BATCH_BYTES
         self._breaker.adopt(
             plan.backoff,
             ceiling=plan.concurrency,
@@ -162,6 +165,9 @@ class Forwarder:
                 until_s = self._breaker.opens_at_s() or now_s  # None: it is being tried
             case "waiting" if self._kept_back is not None:
                 until_s = self._kept_back.until_s
+            case "flowing" if (self._breaker.opens_at_s() or now_s) > now_s:
+                until_s = self._breaker.opens_at_s()
+                reason = "the upstream answers much slower than usual: resting in between"
             case _:
                 pass
         return Flow(
@@ -228,12 +234,12 @@ class Forwarder:
     async def _fill(self) -> None:
         """Read on where the lanes have room; an outbox that fails is left for a while."""
         try:
-            if not self._recollected:
-                await self._recollect()
-                self._recollected = True
             if self._writer.rescuing:  # what comes back is older than what was accepted since
                 self._supply.stale = True
                 return
+            if not self._recollected:
+                await self._recollect()
+                self._recollected = True
             if self._supply.stale:
                 if self._in_flight or self._unsettled:
                     return  # they belong to what was read before
@@ -272,7 +278,9 @@ class Forwarder:
         if ticket is None:
             return None
         urgent = self._kept_back is not None
-        claim = self._supply.lanes.take(now_s, fit=self._plan.fit, urgent=urgent)
+        fit = self._plan.fit
+        fit = replace(fit, batch_bytes=min(fit.batch_bytes, self._batch_bytes))
+        claim = self._supply.lanes.take(now_s, fit=fit, urgent=urgent)
         if claim is None:
             self._breaker.cancel(ticket, now_s)
             return None
@@ -358,8 +366,11 @@ class Forwarder:
             return
         endpoint, body = self._request(claim, bodies)
         self._tally.sending(bodies)
+        self._pay(len(bodies), len(body) + REQUEST_BYTES)  # before: others ask meanwhile
         outcome = await self._send(endpoint, body)
-        self._pay(len(bodies), len(body) + REQUEST_BYTES)
+        if isinstance(outcome, Rejected) and outcome.status == TOO_LARGE and len(bodies) > 1:
+            # Whoever stands in between takes less than the upstream: ask for less from now on.
+            self._batch_bytes = min(self._batch_bytes, len(body) // 2)
         self._conclude(claim, ticket, outcome)
 
     async def _send(self, endpoint: Endpoint, body: bytes) -> Outcome:

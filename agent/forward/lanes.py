@@ -295,7 +295,16 @@ class Lanes:
             isinstance(each, Claim) and self._last_seqs(each).keys() & self._urgent.keys()
             for each in self._ready
         )
-        return float("-inf") if ready else None
+        if ready:
+            return float("-inf")
+        return min(
+            (
+                until_s
+                for until_s, _, claim in self._parked
+                if self._last_seqs(claim).keys() & self._urgent.keys()
+            ),
+            default=None,
+        )
 
     @property
     def parked(self) -> int:
@@ -376,8 +385,8 @@ class Lanes:
     def _drop_queue(self, lane: _Lane, last_seq: int) -> None:
         for head in lane.queue:
             self.size -= 1
+            self._ahead.discard(head.seq)
             if head.seq > self.cursor:
-                self._ahead.discard(head.seq)
                 self._census.add(lane.key)
         lane.queue.clear()
         lane.last_seq = last_seq

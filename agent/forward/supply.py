@@ -96,8 +96,7 @@ class Supply:
             self._scan_due = self._scan_due or scan.more  # more may have come meanwhile
             return scan.more
         if flows and self._ahead_due and self._clock.monotonic_s() >= self._ahead_at_s:
-            await self._look_ahead(urgent)
-            self._ahead_at_s = self._clock.monotonic_s() + _LOOK_AHEAD_S
+            return await self._look_ahead(urgent)
         return False
 
     def looks_ahead_at_s(self, *, flows: bool) -> float | None:
@@ -126,8 +125,11 @@ class Supply:
     def _may_scan(self) -> bool:
         return self._scan_due and self.lanes.room >= SCAN
 
-    async def _look_ahead(self, urgent: tuple[str, ...]) -> None:
-        """Take in what is fresh at the tail; what came before that was never looked at is counted."""
+    async def _look_ahead(self, urgent: tuple[str, ...]) -> bool:
+        """Take in what is fresh at the tail; what came before that was never looked at is counted.
+
+        Return whether there is more to count: that is done in one go, for meanwhile nothing is fresh.
+        """
         lanes = self.lanes
         after = max(lanes.tail, lanes.cursor)
         limit = min(SCAN, lanes.room_ahead)
@@ -142,3 +144,7 @@ class Supply:
             lanes.counted(glance.waiting, upto=glance.upto)
             self._ahead_counted = not glance.more
             self._ahead_due = not self._ahead_counted
+            if glance.more:
+                return True
+        self._ahead_at_s = self._clock.monotonic_s() + _LOOK_AHEAD_S
+        return False

@@ -131,11 +131,6 @@ class Tally:
         return _HEADER_BYTES + slot * _SLOT_BYTES
 
 
-def tally_path(outbox: Path, upstream: str = "") -> Path:
-    """Return where the books on what goes from *outbox* to *upstream* are."""
-    return outbox.with_name(f"{outbox.name}-tally" + (f"-{upstream}" if upstream else ""))
-
-
 @contextmanager
 def open_tally(path: Path) -> Iterator[Tally]:
     """Yield the books in the file *path*, made as need be; without a file where none can be."""

@@ -30,7 +30,8 @@ def behind_prefix(path: str) -> str:
 class Destinations:
     """The upstreams beside the default one, whose name is empty.
 
-    *digests* has for the digest of an app's write key the name of its upstream. *unknown* says why
+    *digests* has for the digest of an app's write key the name of its upstream; one that is not among
+    *names* has no queue before the next start. *unknown* says why
     some are missing there: then a key that is not found may be one of those, and is refused.
     """
 
@@ -67,14 +68,20 @@ class Destinations:
             found = [
                 name for claimed, name in self._digests if hmac.compare_digest(claimed, digest)
             ]
+            if found and found[0] not in self._names:
+                return self._not_yet(
+                    f"[upstreams.{found[0]}] is used from the agent's next start on"
+                )
             if found:
                 return found[0]
         if sent and self._unknown:
-            return refuse(
-                503,
-                "AGENT_UNKNOWN_KEY",
-                f"nobody knows which upstream this key is for: {self._unknown}; send again with the"
-                " same messageId",
-                retry_after_s=_RETRY_S,
-            )
+            return self._not_yet(f"nobody knows which upstream this key is for: {self._unknown}")
         return ""
+
+    def _not_yet(self, why: str) -> Answer:
+        return refuse(
+            503,
+            "AGENT_UNKNOWN_KEY",
+            f"{why}; send again with the same messageId",
+            retry_after_s=_RETRY_S,
+        )

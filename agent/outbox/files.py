@@ -3,6 +3,7 @@
 outbox.db                                  the database
 outbox.db-wal, outbox.db-shm               SQLite's log, and the index of that log
 outbox.db.lock                             held by the one agent that writes (`lock`)
+outbox.db-tally, outbox.db-tally-NAME      what may have arrived, by upstream (`agent.forward.tally`)
 outbox.db.reserve                          disk space kept back (`reserve`)
 outbox.db.damaged-<Unix ms>, …-wal         a damaged database that was set aside (`aside`)
 outbox.db.damaged-<Unix ms>.moving         while it is on its way there
@@ -36,6 +37,11 @@ def log_index_of(database: Path) -> Path:
 
 def lock_of(outbox: Path) -> Path:
     return outbox.with_name(f"{outbox.name}.lock")
+
+
+def tally_of(outbox: Path, upstream: str) -> Path:
+    """Return where the books on what goes from *outbox* to *upstream* are."""
+    return outbox.with_name(f"{outbox.name}-tally" + (f"-{upstream}" if upstream else ""))
 
 
 def reserve_of(outbox: Path) -> Path:
