@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
 from simulation.scenario import Choices
@@ -33,9 +33,9 @@ class Books:
         self.tracked: dict[str, Tracked] = {}
         """Every event that is ever handed in, by its messageId."""
         self.by_seq: dict[int, Tracked] = {}
+        self.by_user: defaultdict[str, list[Tracked]] = defaultdict(list)
+        """What was ever queued of each user."""
         self.pending = 0
-        self.withdrawn = False
-        """Whether events expired or were evicted: the agent then looks again before it sends."""
         self._world = world
         self._choices = choices
         self._complain = complain
@@ -69,6 +69,8 @@ class Books:
         tracked.closed = False
         tracked.failures.clear()
         tracked.storings, tracked.attempts = 0, []
+        if tracked not in self.by_user[tracked.user]:
+            self.by_user[tracked.user].append(tracked)
         self.by_seq[seq] = tracked
         lane = self._lanes.setdefault(tracked.user, deque())
         if tracked in lane:
@@ -109,7 +111,6 @@ class Books:
                 self.pending -= 1
                 tracked.state, tracked.discarded = state, state is None
                 tracked.closed, tracked.left_s = True, self._world.monotonic_s()
-                self.withdrawn = True
             elif not (tracked.state == "delivered" and state is None):  # forgotten
                 self._complain(f"{tracked.message_id} was {tracked.state} and is {state}")
         for seq, tracked in sorted(requeued, key=lambda each: each[0]):

@@ -11,13 +11,14 @@ clock, by which the agent waits.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from simulation.allowances import Allowance
 from simulation.books import Books
+from simulation.limits import READING_S, Spending, Throttle
 from simulation.pace import Pace
 from simulation.scenario import Choices
-from simulation.tracked import Attempt, Tracked
+from simulation.together import torn
+from simulation.tracked import Attempt, Tracked, carried
 from simulation.virtual_time import World
 
 from agent.forward.backoff import Backoff
@@ -29,12 +30,12 @@ from agent.forward.disposition import (
     Rejected,
     Unavailable,
 )
-from agent.forward.forwarder import Flow, Forwarder
-from agent.outbox.reader import INLINE_BYTES
+from agent.forward.forwarder import Forwarder
+from agent.forward.plan import Flow
 from agent.outbox.records import Ack, Bury, Settlement
 
-READING_S = 0.005
-"""How long reading a body takes at most (`outbox.SimulatedReader`)."""
+REST_S = 15.0
+"""How long the agent rests at most when it is told of too much, and not for how long."""
 
 ROUNDING_S = 1e-6
 """What floating point may make of an instant."""
@@ -61,7 +62,6 @@ class Judge:
         choices: Choices,
         on_complaint: Callable[[], None],
         on_action: Callable[[], None],
-        allowed: frozenset[Allowance],
     ) -> None:
         self.complaint: str | None = None
         self.lives = 0
@@ -75,13 +75,17 @@ class Judge:
         self._choices = choices
         self._on_complaint = on_complaint
         self._on_action = on_action
-        self._allowed = allowed
         self._pace = Pace(world)
         self._last_delivery_s = -1.0
         self._forwarder: Forwarder | None = None
+        self._resent = 0
+        """How many repeats the agent told of last."""
+        self._doubtful = 0
+        """How many events were sent again that could not be known not to have arrived."""
         # Of the current life:
+        self._throttle = Throttle(choices)
+        self._spending = Spending(world, choices)
         self._in_flight: set[Tracked] = set()
-        self._requests = 0
         self._probe: Attempt | None = None
         self._blocked = False
         self._opens_s = 0.0
@@ -90,9 +94,6 @@ class Judge:
         self._heard_s = 0.0
         self._paused = False
         self._leaving = False
-        self._changed_s = 0.0
-        """Since when, on the monotonic clock, nothing may be sent that might have been before."""
-        self._ambiguous = [0, 0]
         self._look_at_flow = False
         self._drawn: list[float] = []
         self._just_failed: Tracked | None = None
@@ -113,35 +114,33 @@ class Judge:
 
     def born(self, forwarder: Forwarder, *, paused: bool) -> None:
         self._forwarder = forwarder
+        self._throttle = Throttle(self._choices)
+        self._spending = Spending(self._world, self._choices)
         self._in_flight.clear()
-        self._requests = 0
         self._probe, self._blocked, self._opens_s = None, False, 0.0
         self._told_s = self._heard_s = 0.0
         self._paused, self._leaving = paused, False
-        self._ambiguous = [0, 0]
         self._just_failed = None
         for tracked in self.books.tracked.values():
             tracked.not_before_s = 0.0  # waits are kept in memory alone
+        self._check_doubt(forwarder.flow())
 
     def died(self) -> None:
-        """The agent is gone; what it said of itself last must be true."""
-        if self._forwarder is not None:
-            self._check_ambiguous(self._forwarder.flow())
+        """The agent is gone."""
         self._forwarder = None
         self.lives += 1
+        # It may have been killed between noting a request and sending it.
+        self._doubtful += self._choices.batch
 
-    def _check_ambiguous(self, flow: Flow) -> None:
-        outcomes, events = self._ambiguous
-        twice = sum(
-            sum(each in attempt.stored for attempt in each.attempts) - 1
-            for each in self.books.tracked.values()
-            if each.storings > 1
-            and all(a.life == self.lives and not a.by_gateway for a in each.attempts)
-        )
-        if not twice <= flow.ambiguous <= max(outcomes, events):
+    def _check_doubt(self, flow: Flow) -> None:
+        """See that the agent tells of the repeats, neither fewer nor more, over all its lives."""
+        if flow.ambiguous < self._resent:
+            self.complain(f"{self._resent} repeats were told of, and now {flow.ambiguous}")
+        self._resent = flow.ambiguous
+        if not self.stored_twice <= flow.ambiguous <= self._doubtful:
             self.complain(
-                f"{flow.ambiguous} ambiguous outcomes are told of; {outcomes} there were, about"
-                f" {events} events, and {twice} were stored twice"
+                f"{flow.ambiguous} repeats are told of; {self.stored_twice} events were stored"
+                f" twice, and {self._doubtful} sent again in doubt"
             )
 
     def turned(self) -> None:
@@ -165,10 +164,8 @@ class Judge:
         """A person asked for something."""
         if leaving:
             self._leaving = True
-            self._changed_s = self._world.monotonic_s()
         if paused is not None:
             self._paused = paused
-            self._changed_s = self._world.monotonic_s()
         if flushed:
             self._opens_s = self._told_s = 0.0
             for tracked in self.books.tracked.values():
@@ -195,18 +192,21 @@ class Judge:
         flow = self._forwarder.flow()
         if flow.state == "paused":
             return
+        if deaf := self._throttle.observed(flow):
+            self.complain(deaf)
         blocked = flow.state in {"backing_off", "held"}
+        if blocked != self._blocked:
+            self._throttle.recovered()
+        self._blocked = blocked
         if not blocked:
-            self._blocked, self._probe, self._opens_s = False, None, 0.0
+            self._probe, self._opens_s = None, 0.0
             return
-        if not self._blocked:
-            self._blocked, self._changed_s = True, now_s
         wait_s = flow.next_attempt_in_s
         if wait_s is None:
             return
         self._opens_s = now_s + wait_s
         limit_s = (
-            self._choices.hold_probe_s
+            self._choices.hold_probe_s + max(0.0, self._heard_s - now_s)
             if flow.state == "held"
             else self._choices.cap_s + max(0.0, self._heard_s - now_s)
         )
@@ -215,26 +215,39 @@ class Judge:
 
     # --- an attempt ---
 
-    def sent(self, carried: Sequence[tuple[str, bytes]]) -> Attempt:
-        """The agent begins a request with these events, as (messageId, bytes)."""
+    def sent(self, endpoint: str, body: bytes) -> Attempt:
+        """The agent begins a request."""
         world = self._world
         self.attempts += 1
-        self._requests += 1
-        if self._requests > self._choices.concurrency:
-            self.complain(f"{self._requests} requests at once")
+        items = carried(endpoint, body)
         events = tuple(
-            tracked for message_id, _ in carried if (tracked := self.books.tracked.get(message_id))
+            tracked for message_id, _ in items if (tracked := self.books.tracked.get(message_id))
         )
-        attempt = Attempt(self.attempts, self.lives, world.now_s, events)
+        batched = endpoint == "batch"
+        attempt = Attempt(self.attempts, self.lives, world.now_s, events, batched)
         world.note("send %s: %s", attempt.number, " ".join(each.message_id for each in events))
-        if len(events) != len(carried):
+        if len(events) != len(items):
             self.complain("an event is sent that nobody handed in")
-        for tracked, (_, body) in zip(events, carried, strict=False):
-            self._check_event(tracked, body)
+        self._check_company(attempt)
+        for tracked, (_, item) in zip(events, items, strict=False):
+            self._check_event(tracked, item)
+            self._doubtful += any(map(self._is_excused, tracked.attempts_since_queued()))
             tracked.attempts.append(attempt)
             self._in_flight.add(tracked)
         self._check_time(attempt)
         return attempt
+
+    def _check_company(self, attempt: Attempt) -> None:
+        if len(attempt.events) > self._choices.batch:
+            self.complain(f"{len(attempt.events)} events in one request")
+        probe = self._forwarder is not None and self._forwarder.flow().state != "flowing"
+        for wrong in (
+            torn(attempt),
+            self._throttle.sent(attempt, probe=probe),
+            self._spending.sent(attempt, self.books.by_user),
+        ):
+            if wrong:
+                self.complain(wrong)
 
     def _check_event(self, tracked: Tracked, body: bytes) -> None:
         name = tracked.message_id
@@ -249,12 +262,8 @@ class Judge:
             self.complain(f"{name} is sent while it is on its way")
         if now_s < tracked.not_before_s - ROUNDING_S:
             self.complain(f"{name} is sent {tracked.not_before_s - now_s:.3f} s before its time")
-        for earlier in tracked.attempts:
-            if earlier.sent_s < tracked.queued_s:
-                continue
-            alone = len(earlier.events) == 1  # or the refusal is another event's
-            final = Delivered | Rejected if alone else Delivered
-            if earlier.life == self.lives and isinstance(earlier.outcome, final):
+        for earlier in tracked.attempts_since_queued():
+            if earlier.life == self.lives and _settles(earlier):
                 self.complain(f"{name} is sent again after {earlier.outcome}")
             if tracked in earlier.stored and not self._is_excused(earlier):
                 self.complain(f"{name} is sent again after an outcome that was not ambiguous")
@@ -263,8 +272,6 @@ class Judge:
         """Whether the agent could not know that an event of *attempt* was stored."""
         if attempt.life < self.lives:
             return True  # it died before its answer was recorded
-        if attempt.by_gateway and "gateways_believed" in self._allowed:
-            return True
         match attempt.outcome:
             case Unavailable(ambiguous=ambiguous):
                 return ambiguous
@@ -278,8 +285,6 @@ class Judge:
             self.complain("a request of an agent that is dead")
             return
         now_s = self._world.monotonic_s()
-        if self._may_have_been_read(attempt) and now_s <= self._changed_s + READING_S:
-            return
         if self._paused or self._leaving:
             self.complain("a request while paused" if self._paused else "a request while leaving")
         if now_s < self._told_s - ROUNDING_S:
@@ -287,6 +292,7 @@ class Judge:
         if now_s < self._opens_s - ROUNDING_S:
             self.complain(f"a request {self._opens_s - now_s:.3f} s before the wait has passed")
         flow = self._forwarder.flow()
+        self._check_doubt(flow)
         if flow.state in {"backing_off", "held"}:
             if flow.next_attempt_in_s:
                 self.complain(f"a request while {flow.state}")
@@ -294,16 +300,12 @@ class Judge:
                 self.complain("a second probe beside the first")
             self._probe = attempt
 
-    def _may_have_been_read(self, attempt: Attempt) -> bool:
-        """Whether the agent read a body right before, having let it go."""
-        read = self.books.withdrawn or any(len(each.body) > INLINE_BYTES for each in attempt.events)
-        return read and "sent_after_reading" in self._allowed
-
     def answered(self, attempt: Attempt, outcome: Outcome) -> None:
         """The agent hears *outcome*."""
         attempt.outcome = outcome
         self._world.note("answer %s: %s", attempt.number, outcome)
-        self._requests -= 1
+        if self._forwarder is not None:
+            self._throttle.answered(attempt, outcome, self._forwarder.flow().limit)
         self._in_flight.difference_update(attempt.events)
         self._look_at_flow = True
         self._drawn.clear()
@@ -319,9 +321,6 @@ class Judge:
             tracked.failures.append((self._world.now_s, type(outcome)))
         if isinstance(outcome, Failed) and len(attempt.events) == 1:
             self._just_failed = attempt.events[0]
-        if isinstance(outcome, Unavailable) and outcome.ambiguous:
-            self._ambiguous[0] += 1
-            self._ambiguous[1] += len(attempt.events)
         if hammering := self._pace.failed():
             self.complain(hammering)
 
@@ -329,13 +328,11 @@ class Judge:
         """Remember what the answer says of waiting: what is so, and what the agent understood."""
         now_s = self._world.monotonic_s()
         if isinstance(outcome, Unavailable):
-            self._heard_s = max(self._heard_s, now_s + (outcome.retry_after_s or 0.0))
-        if attempt.wait_s is None:
-            return
-        late = self._blocked and attempt is not self._probe
-        if not (late and "deaf_while_open" in self._allowed):
+            told_s = outcome.retry_after_s
+            rests_s = REST_S if told_s is None and outcome.too_much else told_s or 0.0
+            self._heard_s = max(self._heard_s, now_s + rests_s)
+        if attempt.wait_s is not None:
             self._told_s = max(self._told_s, now_s + min(attempt.wait_s, RETRY_AFTER_MAX_S))
-            self._changed_s = now_s
 
     def stored_upstream(self, attempt: Attempt, tracked: Tracked) -> None:
         """The upstream stores an event."""
@@ -397,21 +394,15 @@ class Judge:
         answered = isinstance(outcome, Failed)
         if not answered and not isinstance(outcome, Unavailable):
             self.complain(f"{name} is given up after {outcome}")
-        any_kind = not answered and "strikes_of_any_kind" in self._allowed
-        times = [at_s for at_s, kind in tracked.failures if any_kind or kind is type(outcome)]
+        times = [at_s for at_s, kind in tracked.failures if kind is type(outcome)]
         if len(times) < give_up.attempts:
             self.complain(f"{name} is given up after {len(times)} failures")
         if not times:
             return
-        since_s = times[0]
-        if "proof_from_before" in self._allowed:
-            since_s = tracked.failures[0][0]
-        proven = self._last_delivery_s > since_s
+        proven = self._last_delivery_s > times[0]
         for_s = self._world.now_s - times[0]
         if not proven and not answered:
             self.complain(f"{name} is given up, and nothing else was delivered")
-        if answered and self._world.clock_was_set and "patience_by_wall_clock" in self._allowed:
-            return
         if for_s < (give_up.after_s if proven else give_up.unproven_after_s) - 1.0:
             self.complain(f"{name} is given up after {for_s:.1f} s; delivered others: {proven}")
 
@@ -439,3 +430,9 @@ class Judge:
                 self.complain(f"{tracked.message_id} counts as delivered, and is not stored")
             if tracked.state == "pending":
                 self.complain(f"{tracked.message_id} is still pending")
+
+
+def _settles(attempt: Attempt) -> bool:
+    """Whether its outcome is the last for its events; in a batch the refusal may be another event's."""
+    alone = len(attempt.events) == 1
+    return isinstance(attempt.outcome, Delivered | Rejected if alone else Delivered)

@@ -10,28 +10,41 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from simulation.allowances import ALLOWED, Allowance
+import pytest
 from simulation.judge import Judge, ObservedBackoff
 from simulation.network import Link, Upstream, Weather
 from simulation.outbox import Disk, SimulatedReader, SimulatedWriter
-from simulation.scenario import Deed, Post, Scenario, Stroke, draw
+from simulation.scenario import (
+    OPEN_MIN,
+    PERIOD_MIN,
+    URGENT,
+    Deed,
+    Post,
+    Scenario,
+    Stroke,
+    draw,
+)
 from simulation.tracked import Tracked
 from simulation.virtual_time import Note, StuckError, VirtualLoop, World
 from structlog.testing import capture_logs
 
 from agent.event import Event, lane_of
+from agent.forward import lanes, supply
 from agent.forward.forwarder import Forwarder, forwarding
+from agent.forward.lanes import Lanes
 from agent.forward.plan import Plan
+from agent.forward.tally import TALLY_BYTES, Tally
 from agent.outbox.store import Store
 
-BATCHES = False
-"""Whether `Plan` offers batches, and scenarios may choose them."""
-
 MONTH_MS = 30 * 86_400_000
+
+RESTS_S = 200.0
+"""How long the agent rests at most when the upstream is slow."""
 
 SETTLED_S = 60.0
 """After so long an agent has looked for what there is to do, and apps have posted once more."""
@@ -70,10 +83,25 @@ class Report:
         )
 
 
-def play(seed: int, *, allowed: frozenset[Allowance] = ALLOWED) -> Report:
+def play(seed: int) -> Report:
     """Run *seed* to its end, or to the first thing that does not hold."""
-    with capture_logs():
-        return Machine(seed, allowed).run()
+    machine = Machine(seed)
+    with capture_logs(), small(machine.scenario.choices.window):
+        return machine.run()
+
+
+@contextmanager
+def small(window: int | None) -> Iterator[None]:
+    """Have the agent hold *window* events in memory, so that few fill it; None: as it is built."""
+    with pytest.MonkeyPatch.context() as patch:
+        if window is not None:
+            patch.setattr(supply, "SCAN", window // 2)
+            patch.setattr(supply, "COUNTED", window)
+            patch.setattr(supply, "PER_LANE", 2)
+            patch.setattr(lanes, "AHEAD", window)
+            sizes = {**(Lanes.__init__.__kwdefaults__ or {}), "window": window, "per_lane": 2}
+            patch.setattr(Lanes.__init__, "__kwdefaults__", sizes)
+        yield
 
 
 def make_forwarder(
@@ -86,6 +114,7 @@ def make_forwarder(
     world: World,
     rng: random.Random,
     paused: bool,
+    tally: Tally,
 ) -> Forwarder:
     """Return the real forwarder among stand-ins. The one place that knows how it is made."""
     choices = scenario.choices
@@ -99,7 +128,11 @@ def make_forwarder(
             backoff=backoff,
             give_up=choices.give_up,
             hold_probe_s=choices.hold_probe_s,
+            batch=choices.batch,
+            budget=choices.budget,
+            urgent=(URGENT,) if choices.budget.windows else (),
         ),
+        tally=tally,
         clock=world,
         rng=rng,
         paused=paused,
@@ -109,15 +142,16 @@ def make_forwarder(
 class Machine:
     """See the module."""
 
-    def __init__(self, seed: int, allowed: frozenset[Allowance]) -> None:
-        self._allowed = allowed
+    def __init__(self, seed: int) -> None:
         self._world = world = World(seed)
-        self._scenario = scenario = draw(world, batches=BATCHES)
-        self._judge = Judge(world, scenario.choices, self._stop, self._step, allowed)
+        self.scenario = scenario = draw(world)
+        self._judge = Judge(world, scenario.choices, self._stop, self._step)
         self._weather = Weather(world, scenario.faults)
-        self._upstream = Upstream(world, self._weather, self._judge)
+        self._upstream = Upstream(world, self._weather, self._judge, names=scenario.choices.names)
         self._rng = world.rng("machine")
         self._disk = Disk()
+        self._tally_file = bytearray(TALLY_BYTES)
+        """What is kept of the tally: it outlives a killed agent, as it is at that moment."""
         self._unanswered = len(scenario.posts)
         self._refused: list[Callable[[], None]] = []
         """Apps that found no agent, or none that lived to answer."""
@@ -167,7 +201,7 @@ class Machine:
             seed=world.seed,
             complaint=judge.complaint or "",
             trace=world.trace,
-            events=len(self._scenario.posts),
+            events=len(self.scenario.posts),
             attempts=judge.attempts,
             lives=judge.lives,
             stored_twice=judge.stored_twice,
@@ -200,7 +234,7 @@ class Machine:
         loop.bury()
 
     async def _be_agent(self, loop: VirtualLoop) -> None:
-        world, judge, scenario = self._world, self._judge, self._scenario
+        world, judge, scenario = self._world, self._judge, self.scenario
         choices = scenario.choices
         self._writer = SimulatedWriter(
             self._disk, world, judge, commit_s=scenario.commit_s, remembers=choices.remembers
@@ -225,11 +259,20 @@ class Machine:
             world=world,
             rng=world.rng(f"forwarder/{judge.lives}"),
             paused=self._paused,
+            tally=self._open_tally(),
         )
         judge.born(forwarder, paused=self._paused)
         self._leave = asyncio.Event()
         async with forwarding(forwarder):
             await self._leave.wait()
+
+    def _open_tally(self) -> Tally:
+        file = self._tally_file
+
+        def keep(at: int, piece: bytes) -> None:
+            file[at : at + len(piece)] = piece
+
+        return Tally(bytearray(file), keep)
 
     def _is_unreadable(self) -> bool:
         return self._weather.meets("unreadable") is not None
@@ -248,6 +291,7 @@ class Machine:
 
     def _stop(self) -> None:
         """End this life in the middle of whatever it does: nothing that it still does has an effect."""
+        self._tally_file = bytearray(self._tally_file)
         if self._link is not None:
             self._link.crash()
         if self._writer is not None:
@@ -274,7 +318,7 @@ class Machine:
             self._over = True
         elif not self._over:
             world = self._world
-            at_most_s = max(0.5, self._scenario.calm_s - world.now_s)
+            at_most_s = max(0.5, self.scenario.calm_s - world.now_s)
             world.go_on(min(down_s, at_most_s), lambda: False)
 
     def _be_told(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -287,7 +331,7 @@ class Machine:
         name, user = f"m{post.number}", f"u{post.user}"
         tracked = Tracked(post=post, message_id=name, user=user)
         self._judge.books.tracked[name] = tracked
-        sent = f'{{"messageId":"{name}","event":"e","userId":"{user}","properties":{{"pad":"{"x" * post.size}"}}'
+        sent = f'{{"messageId":"{name}","event":"{post.name}","userId":"{user}","properties":{{"pad":"{"x" * post.size}"}}'
         digest = hashlib.blake2b(sent.encode(), digest_size=16).digest()
         lane = lane_of(user_id=user, anonymous_id=None)
 
@@ -398,20 +442,26 @@ class Machine:
 
     def _calm_down(self) -> None:
         """From now on nothing goes wrong; in a bounded time nothing may be left to do."""
-        world, scenario = self._world, self._scenario
+        world, scenario = self._world, self.scenario
         world.note("calm")
         self._resume()
-        if world.clock_was_set and "patience_by_wall_clock" in self._allowed:
-            world.set_clock(world.largest_error_ms)
         choices = scenario.choices
         hopeless = sum(post.nature == "fails" and post.until_s is None for post in scenario.posts)
         patience_s = choices.give_up.unproven_after_s + choices.give_up.attempts * choices.cap_s
+        # What a hopeless event was sent with waits until it is found among them.
+        rounds = 10 if choices.batch == 1 else 40
         bound_s = (
             self._judge.waits_s
-            + 10 * choices.cap_s
+            + rounds * choices.cap_s
             + 5 * choices.hold_probe_s
             + 5.0 * len(scenario.posts)
+            + RESTS_S
         )
+        if choices.budget.windows:
+            share = PERIOD_MIN / OPEN_MIN
+            bound_s, patience_s = bound_s * share + 60.0 * PERIOD_MIN, patience_s * share
+        if choices.budget.events_per_s:
+            bound_s += 5 * len(scenario.posts) / choices.budget.events_per_s
         self._calm = True
         world.after_here(bound_s, self._judge.expect_only_the_hopeless)
         world.after_here(bound_s + hopeless * patience_s, self._run_out_of_time)
@@ -426,8 +476,10 @@ class Machine:
             self._wait_for_end = True
             self._world.note("nothing is left to do")
             # What expired while it waited is looked at once more when its wait ends.
-            choices = self._scenario.choices
-            waits_s = self._judge.waits_s + choices.cap_s + choices.hold_probe_s
+            choices = self.scenario.choices
+            waits_s = self._judge.waits_s + choices.cap_s + choices.hold_probe_s + RESTS_S
+            if choices.budget.windows:
+                waits_s += 60.0 * PERIOD_MIN
             self._world.after_here(SETTLED_S + waits_s, self._be_quiet)
 
     def _be_quiet(self) -> None:

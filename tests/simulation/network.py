@@ -19,7 +19,7 @@ from aiohttp.client_reqrep import ConnectionKey
 from multidict import CIMultiDict
 from simulation.judge import Judge
 from simulation.scenario import Choices, Fault, Kind
-from simulation.tracked import Attempt, Tracked, carried
+from simulation.tracked import Attempt, Tracked
 from simulation.virtual_time import EPOCH_MS, VirtualLoop, World
 
 from agent.event import MAX_BODY_BYTES
@@ -27,6 +27,9 @@ from agent.forward import upstream as client
 from agent.forward.disposition import Outcome, Response, classify
 
 _KEY = ConnectionKey("upstream.test", 443, True, True, None, None, None)
+
+NARROW_BYTES = 6_000
+"""What a narrow proxy lets through: any event alone, and few of the large ones together."""
 
 _HTML = {"Content-Type": "text/html"}
 
@@ -63,10 +66,12 @@ class Weather:
 class Upstream:
     """The server, seen from the network."""
 
-    def __init__(self, world: World, weather: Weather, judge: Judge) -> None:
+    def __init__(self, world: World, weather: Weather, judge: Judge, *, names: bool) -> None:
+        """*names*: it says which event of a batch it refuses."""
         self._world = world
         self._weather = weather
         self._judge = judge
+        self._names = names
         self._rng = world.rng("upstream")
         self._passed: dict[tuple[float, int], int] = {}
         """How many passed a limit in its current period."""
@@ -78,6 +83,9 @@ class Upstream:
         fault = self._weather.meets("limited")
         if fault is not None and (limited := self._limit(fault)) is not None:
             return limited
+        fault = self._weather.meets("narrow")
+        if fault is not None and len(body) > NARROW_BYTES:
+            return _response(413, "<html>too large", _HTML), None
         if fault := self._weather.meets("busy"):
             return _response((502, 503, 504)[fault.style % 3], "upstream busy"), None
         if self._weather.meets("moved"):
@@ -95,7 +103,7 @@ class Upstream:
         for i, each in enumerate(attempt.events):
             if each.post.nature == "refused":
                 self._judge.refused_upstream(each)
-                where = "body" if len(attempt.events) == 1 else f"body/batch/{i}"
+                where = f"body/batch/{i}" if self._names and attempt.batched else "body"
                 return _response(400, f'{{"message":"{where} must be nicer"}}')
         if self._weather.meets("revoked"):
             return _response(401, '{"message":"Invalid write key."}')
@@ -169,7 +177,7 @@ class Link:
         self._judge.acted()
         if self._dead:
             return await answered
-        attempt = self._judge.sent(carried(endpoint, body))
+        attempt = self._judge.sent(endpoint, body)
         self._begin(attempt, body, answered)
         try:
             outcome = await answered
@@ -219,7 +227,6 @@ class Link:
             self._break(answered)
             return
         if fault := self._weather.meets("gateway"):
-            attempt.by_gateway = True
             response, until_s = _response((502, 504)[fault.style % 2], "<html>", _HTML), None
         self._world.after(
             self._works_s() + self._trip_s(),

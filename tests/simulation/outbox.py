@@ -23,12 +23,15 @@ from agent.errors import OutboxError
 from agent.event import Event
 from agent.outbox import schema
 from agent.outbox.ids import id_hash
+from agent.outbox.news import News
 from agent.outbox.reader import Reader
 from agent.outbox.records import Appended, Settlement
 from agent.outbox.store import Store
-from agent.outbox.writer import PRESSED_EVENTS
 
 Verb = Callable[[Store], object]
+
+PRESSED_EVENTS = 16
+"""Appends that wait from which intake comes first, as `agent.outbox.intake` has it."""
 
 
 class Disk:
@@ -63,7 +66,7 @@ class _Group:
     """What is committed together: appends and settlements, or a verb."""
 
     appends: list[_Append] = field(default_factory=list)
-    settles: list[tuple[Settlement, asyncio.Future[None]]] = field(default_factory=list)
+    settles: list[tuple[tuple[Settlement, ...], asyncio.Future[None]]] = field(default_factory=list)
     verb: Verb | None = None
 
     def __bool__(self) -> bool:
@@ -78,7 +81,7 @@ class SimulatedWriter:
     def __init__(
         self, disk: Disk, world: World, judge: Judge, *, commit_s: float, remembers: bool
     ) -> None:
-        self.appended = asyncio.Event()
+        self.appended = News()
         self._store = Store(disk.db)
         self._db = disk.db
         self._world = world
@@ -95,7 +98,8 @@ class SimulatedWriter:
 
     @property
     def pressed(self) -> bool:
-        return len(self._waiting.appends) > PRESSED_EVENTS
+        committing = 0 if self._committing is None else len(self._committing.appends)
+        return committing + len(self._waiting.appends) > PRESSED_EVENTS
 
     @property
     def withdrawn(self) -> int:
@@ -106,12 +110,13 @@ class SimulatedWriter:
         self._waiting.appends.append(_Append(event, done))
         self._begin()
 
-    def settle(self, settlement: Settlement) -> asyncio.Future[None]:
+    def settle(self, *settlements: Settlement) -> asyncio.Future[None]:
         future = asyncio.get_running_loop().create_future()
         self._judge.acted()
         if not self._dead:
-            self._judge.decided(settlement)
-            self._waiting.settles.append((settlement, future))
+            for settlement in settlements:
+                self._judge.decided(settlement)
+            self._waiting.settles.append((settlements, future))
             self._begin()
         return future
 
@@ -175,21 +180,19 @@ class SimulatedWriter:
         store = self._store
         self._db.execute("BEGIN IMMEDIATE")
         results: list[Appended] = []
+        settlements = [each for together, _ in group.settles for each in together]
         if group.verb is not None:
             group.verb(store)
-        if group.settles:
-            store.settle(
-                [settlement for settlement, _ in group.settles],
-                now_ms=self._world.wall_ms(),
-                remember=self._remembers,
-            )
+        if settlements:
+            now_ms = self._world.wall_ms()
+            store.settle(settlements, now_ms=now_ms, remember=self._remembers)
         if group.appends:
             first = store.last_seq + 1
             results = store.append([each.event for each in group.appends])
         self._db.execute("COMMIT")
         store.committed()
-        if group.settles:
-            self._judge.books.settled([settlement for settlement, _ in group.settles])
+        if settlements:
+            self._judge.books.settled(settlements)
         if group.appends:
             self._judge.books.stored(
                 [each.event for each in group.appends], results, first_seq=first

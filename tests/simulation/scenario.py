@@ -9,11 +9,24 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import time
 from typing import Literal
 
 from simulation.virtual_time import World
 
+from agent.forward.budget import Budget, Window
 from agent.forward.disposition import GiveUp
+
+URGENT = "urgent"
+"""The name of the events that no budget keeps back."""
+
+PERIOD_MIN, OPEN_MIN = 60, 24
+"""Windows come every hour, for 24 minutes."""
+
+WINDOWS = tuple(
+    Window(time(minute // 60, minute % 60), time(minute // 60, minute % 60 + OPEN_MIN))
+    for minute in range(0, 24 * 60, PERIOD_MIN)
+)
 
 Nature = Literal["good", "refused", "fails", "cuts", "disliked"]
 """What is about an event itself: fine; refused for ever; answered 500; breaks each connection that
@@ -28,6 +41,7 @@ Kind = Literal[
     "slow",  # answers take longer, some longer than the time-out
     "cut_before",  # the connection breaks after sending, nothing is stored
     "cut_after",  # the same, but everything is
+    "narrow",  # 413 of a proxy for all but small requests
     "gateway",  # 502 or 504 of a gateway that waited for the answer in vain: everything is, too
     "portal",  # a captive portal answers instead
     "revoked",  # 401 for all
@@ -50,10 +64,16 @@ class Choices:
 
     concurrency: int
     ordered: bool
-    batched: bool
+    batch: int
+    """How many events one request may carry."""
+    names: bool
+    """Whether the upstream says which event of a batch it refuses."""
     base_s: float
     cap_s: float
     hold_probe_s: float
+    budget: Budget
+    window: int | None
+    """How many events the agent holds in memory; None: as many as it is built for."""
     give_up: GiveUp
     timeout_s: float
     connect_timeout_s: float
@@ -67,6 +87,7 @@ class Post:
     at_s: float
     number: int
     user: int
+    name: str
     size: int
     nature: Nature
     until_s: float | None
@@ -110,17 +131,26 @@ class Scenario:
     latency_s: float
 
 
-def draw(world: World, *, batches: bool) -> Scenario:
-    """Return the scenario of the world's seed. *batches* says whether the agent can send them."""
+def draw(world: World) -> Scenario:
+    """Return the scenario of the world's seed."""
     rng = world.rng("scenario")
     cap_s = rng.choice((5.0, 20.0, 60.0, 300.0))
     choices = Choices(
         concurrency=rng.choice((1, 2, 4, 8, 8, 8, 16)),
         ordered=rng.random() < 0.9,
-        batched=batches and rng.random() < 0.5,
+        batch=rng.choice((1, 1, 1, 2, 5, 50)),
+        names=rng.random() < 0.5,
         base_s=rng.choice((0.2, 1.0, 1.0, 2.0)),
         cap_s=cap_s,
         hold_probe_s=rng.choice((15.0, 60.0)),
+        budget=rng.choice(
+            (
+                *([Budget()] * 6),
+                Budget(windows=WINDOWS),
+                Budget(events_per_s=rng.choice((0.5, 2.0, 20.0))),
+            )
+        ),
+        window=rng.choice((None, None, 4, 6, 20)),
         give_up=GiveUp(
             attempts=rng.choice((3, 5, 8)),
             after_s=cap_s * rng.choice((0.0, 2.0, 10.0)),
@@ -170,6 +200,7 @@ def _posts(rng: random.Random, start_s: float, span_s: float) -> tuple[Post, ...
                 Post(
                     at_s=min(at_s, start_s + span_s),
                     number=len(posts),
+                    name=URGENT if rng.random() < 0.1 else "e",
                     user=int(users * rng.random() ** 2),
                     size=rng.choice((10, 10, 10, 10, 10, 10, 200, 200, 5000)),
                     nature=nature,

@@ -1,4 +1,4 @@
-"""The simulated upstream keeps the contract for batches, too, which no scenario chooses yet."""
+"""The simulated upstream keeps the contract, for batches, too."""
 
 from __future__ import annotations
 
@@ -28,13 +28,18 @@ def batch_of(names: Sequence[str]) -> bytes:
 def answered(natures: Sequence[Nature]) -> tuple[Response, Attempt]:
     """Send a batch of events of these *natures*; return the answer and what was stored."""
     world = World(1)
-    judge = Judge(
-        world, draw(world, batches=False).choices, lambda: None, lambda: None, frozenset()
-    )
+    judge = Judge(world, draw(world).choices, lambda: None, lambda: None)
     names = [f"m{number}" for number in range(len(natures))]
     for number, nature in enumerate(natures):
         post = Post(
-            at_s=0.0, number=number, user=0, size=0, nature=nature, until_s=None, again_s=None
+            at_s=0.0,
+            number=number,
+            user=0,
+            name="e",
+            size=0,
+            nature=nature,
+            until_s=None,
+            again_s=None,
         )
         judge.books.tracked[names[number]] = Tracked(post=post, message_id=names[number], user="u")
     events = [
@@ -43,8 +48,8 @@ def answered(natures: Sequence[Nature]) -> tuple[Response, Attempt]:
     ]
     judge.books.stored(events, [Appended.STORED] * len(events), first_seq=1)
     body = batch_of(names)
-    attempt = judge.sent(carried("batch", body))
-    response, _ = Upstream(world, Weather(world, ()), judge).answer(attempt, body)
+    attempt = judge.sent("batch", body)
+    response, _ = Upstream(world, Weather(world, ()), judge, names=True).answer(attempt, body)
     return response, attempt
 
 

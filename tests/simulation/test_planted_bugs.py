@@ -6,7 +6,7 @@ import pytest
 from simulation.machine import play
 from simulation.planted import BUGS, planted
 
-SEEDS_TO_FIND = 300
+SEEDS_TO_FIND = 1_000
 """Within so many seeds every planted bug must be found; most show in the first few."""
 
 

@@ -34,6 +34,10 @@ class Tracked:
     failures: list[tuple[float, type[Outcome]]] = field(default_factory=list)
     """When and how it failed since it was queued last."""
 
+    def attempts_since_queued(self) -> list[Attempt]:
+        """Return the attempts but for those from before it was queued anew."""
+        return [each for each in self.attempts if each.sent_s >= self.queued_s]
+
     def is_of_its_nature(self, now_s: float) -> bool:
         return self.post.until_s is None or now_s < self.post.until_s
 
@@ -46,11 +50,10 @@ class Attempt:
     life: int
     sent_s: float
     events: tuple[Tracked, ...]
+    batched: bool
     outcome: Outcome | None = None
     wait_s: float | None = None
     """How long nothing would pass, as the upstream's Retry-After told."""
-    by_gateway: bool = False
-    """Whether what answered does not know what the upstream did."""
     stored: list[Tracked] = field(default_factory=list)
 
 

@@ -53,8 +53,8 @@ class World:
         self.now_s = 1000.0
         self.asleep = False
         self.clock_error_ms = 0
-        self.largest_error_ms = 0
-        self.clock_was_set = False
+        self.clock_set_s = 0.0
+        """When it was set last (true time)."""
         self.trace: list[Note] = []
         self._slept_s = 0.0
         self._entries = 0
@@ -78,9 +78,8 @@ class World:
 
     def set_clock(self, error_ms: int) -> None:
         """Set the time of day wrong by *error_ms*."""
-        self.clock_was_set = True
+        self.clock_set_s = self.now_s
         self.clock_error_ms = error_ms
-        self.largest_error_ms = max(self.largest_error_ms, error_ms)
 
     # --- the agenda ---
 
