@@ -33,7 +33,7 @@ from agent.forward.disposition import (
     Verdict,
 )
 from agent.forward.forwarder import Forwarder
-from agent.forward.lanes import Gap, Lanes, _Lane
+from agent.forward.lanes import Lanes, _Lane
 from agent.forward.supply import Supply
 from agent.forward.tally import Tally
 from agent.outbox import ids, reader
@@ -101,16 +101,6 @@ def split_by_events(patch: pytest.MonkeyPatch) -> None:
 def overtakes_unread(patch: pytest.MonkeyPatch) -> None:
     """Take in a fresh event though its user may have others that were not read yet."""
     patch.setattr(Census, "holds", lambda *_: False)
-
-
-def reads_for_another(patch: pytest.MonkeyPatch) -> None:
-    """Put what was read of one lane into whichever is the next to be read."""
-    read_on = Lanes.read_on
-
-    def read_on_next(self: Lanes, gap: Gap, heads: list[Head], **how: Any) -> None:
-        read_on(self, gap._replace(key=self._starved[0].key), heads, **how)
-
-    patch.setattr(Lanes, "read_on", read_on_next)
 
 
 def reads_settled(patch: pytest.MonkeyPatch) -> None:
@@ -409,7 +399,6 @@ BUGS: dict[str, Bug] = {
         split_loses_order,
         split_by_events,
         overtakes_unread,
-        reads_for_another,
         reads_settled,
         behind_urgent,
         ack_dropped,
