@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 from agent.clock import SystemClock
 from agent.event import Event
 from agent.outbox import aside
+from agent.outbox.files import lock_of
 from agent.outbox.reader import Reader, open_own_reader
 from agent.outbox.records import Ack, Appended
 from agent.outbox.rescue import salvage_damaged
@@ -284,3 +285,16 @@ async def test_a_fault_keeps_the_locks_that_others_respect(outbox: Path) -> None
         assert log.exists(), "a visitor took itself for the last connection"
         await writer.append([event("b")])
         assert log.stat().st_size
+
+
+async def test_a_damaged_outbox_without_events_is_known_by_its_header(outbox: Path) -> None:
+    async with opened(outbox):
+        pass
+    lock_of(outbox).unlink()  # as a power cut may, soon after the first start
+    with outbox.open("r+b") as file:
+        file.seek(PAGE_BYTES)
+        file.write(b"\xff" * (os.path.getsize(outbox) - PAGE_BYTES))
+
+    async with opened(outbox) as (writer, _):
+        assert await writer.append([event("first")]) == [Appended.STORED]
+    assert len(list(outbox.parent.glob("outbox.db.damaged-*.salvaged"))) <= 1

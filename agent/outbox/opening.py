@@ -14,7 +14,7 @@ import structlog
 
 from agent.clock import Clock
 from agent.errors import OutboxDamagedError, OutboxError
-from agent.outbox import aside, database, lock, restore
+from agent.outbox import aside, database, lock, restore, schema
 from agent.outbox.database import Database
 
 _TOO_ODD = 2
@@ -24,6 +24,10 @@ _SEQS_A_MS = 12
 _SEQS_A_SET = 44
 """A database that replaces a damaged one gives seqs above all that the damaged one can have given:
 as if 2^12 events came each millisecond since 1970 or, where the clock is wrong, 2^44 in each."""
+
+_HEADER_BYTES = 100
+_APPLICATION_ID = slice(68, 72)
+"""Source: the SQLite file format, section 1.3."""
 
 log = structlog.get_logger()
 
@@ -87,7 +91,7 @@ class Opening:
         return None
 
     async def _begin_anew(self, damage: str) -> None:
-        if not self._owned.proven and not await asyncio.to_thread(_has_survivors, self._path):
+        if not self._owned.proven and not await asyncio.to_thread(_is_ours, self._path):
             raise OutboxError(
                 f"{damage}; it was never a tranthor-agent outbox, so it is left alone:"
                 " set outbox.path to a file of its own"
@@ -160,7 +164,12 @@ class Opening:
         return True
 
 
-def _has_survivors(path: Path) -> bool:
+def _is_ours(path: Path) -> bool:
+    """Return whether the header of a damaged database says so, or a row that it still holds."""
+    with path.open("rb") as file:
+        header = file.read(_HEADER_BYTES)
+    if header[_APPLICATION_ID] == schema.APPLICATION_ID.to_bytes(4, "big"):
+        return True
     from agent.outbox.salvage import surviving  # noqa: PLC0415  # seldom needed
 
     return any(True for _ in surviving(path))
