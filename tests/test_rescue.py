@@ -292,8 +292,9 @@ async def test_a_damaged_outbox_without_events_is_known_by_its_header(outbox: Pa
         pass
     lock_of(outbox).unlink()  # as a power cut may, soon after the first start
     with outbox.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
         file.seek(PAGE_BYTES)
-        file.write(b"\xff" * (os.path.getsize(outbox) - PAGE_BYTES))
+        file.write(b"\xff" * (size - PAGE_BYTES))
 
     async with opened(outbox) as (writer, _):
         assert await writer.append([event("first")]) == [Appended.STORED]
