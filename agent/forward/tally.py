@@ -52,11 +52,12 @@ class Tally:
         self._day: int
         self._day_bytes: int
         _, self._resent, self._day, self._day_bytes = _HEADER.unpack_from(memory)
-        seqs = struct.unpack_from(f"<{_SLOTS}Q", memory, _HEADER_BYTES)
-        self._slots = {seq: slot for slot, seq in enumerate(seqs) if seq}
-        self._used = max(self._slots.values(), default=-1) + 1
+        slots = struct.iter_unpack("<Q", memoryview(memory)[_HEADER_BYTES:TALLY_BYTES])
+        self._slots = {seq: slot for slot, (seq,) in enumerate(slots) if seq}
+        taken = set(self._slots.values())
+        self._used = max(taken, default=-1) + 1
         """Slots from here on were never taken."""
-        self._free = [slot for slot in range(self._used) if not seqs[slot]]
+        self._free = [slot for slot in range(self._used) if slot not in taken]
 
     @property
     def resent(self) -> int:
