@@ -25,7 +25,8 @@ Asked of nine starts in ten, as disks stall, and of their own time, without what
 processor: a machine that is busy with something else says nothing about the agent.
 """
 
-CYCLES_TO_FIND = 10
+CYCLES_TO_FIND = 60
+"""Far more than it takes on a quiet machine: on a busy one the moment between is seldom met."""
 
 log = logging.getLogger(__name__)
 
