@@ -491,8 +491,8 @@ def test_its_files_are_for_the_user_and_its_group(machine: Machine) -> None:
     files = machine.files()
 
     assert files.pop(USER) == f"{USER}:{USER}:750"
-    names = ("outbox.db", "outbox.db-wal", "outbox.db-shm", "outbox.db.lock", "outbox.db.reserve")
-    assert set(files) == set(names)
+    beside = ("-wal", "-shm", "-tally", ".lock", ".reserve")
+    assert set(files) == {"outbox.db", *(f"outbox.db{suffix}" for suffix in beside)}
     assert set(files.values()) == {f"{USER}:{USER}:640"}
 
 
