@@ -178,6 +178,22 @@ async def test_a_resend_of_what_may_be_stored_is_counted(tmp_path: Path) -> None
         assert status["ambiguous"] == 5
 
 
+async def test_a_proxy_that_takes_less_is_asked_for_less_from_then_on(tmp_path: Path) -> None:
+    async with batching(tmp_path, forward="concurrency = 1\n") as (agent, up):
+        up.fault = Fault(mode="status", status=413, times=1)
+        for number in range(16):
+            await post(agent, number)
+        await drained(agent)
+        await agent.ask("POST", "pause")
+        for number in range(16, 32):
+            await post(agent, number)
+        status = await drained(agent)
+        assert (status["delivered"], status["dead"]) == (32, 0)
+        first, *others = (len(each) for each in requests(up.arrivals))
+        assert first == 16
+        assert max(others) <= 9, "the proxy would refuse it once more"
+
+
 async def test_an_event_that_breaks_the_upstream_is_found_in_its_batch(tmp_path: Path) -> None:
     patience = 'max_attempts = 2\ngive_up_after = "0s"\n'
     async with batching(tmp_path, forward=patience) as (agent, up):

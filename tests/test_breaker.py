@@ -468,6 +468,18 @@ def test_flush_ends_what_was_asked_for() -> None:
     assert opened(link) < 600.0
 
 
+def test_flush_ends_a_rest_too() -> None:
+    link = breaker(ceiling=8)
+    succeed(link, admitted(link), 0.05)
+    now_s = 1.0
+    while link.opens_at_s() is None:
+        succeed(link, admitted(link, now_s), 60.0)
+        now_s += 60.0
+    assert link.admit(now_s, in_flight=0) is None
+    link.flush(now_s)
+    assert link.admit(now_s, in_flight=0) is not None
+
+
 # --- stale tickets -----------------------------------------------------------------------------------
 
 

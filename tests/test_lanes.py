@@ -507,6 +507,19 @@ def test_what_was_dropped_behind_a_parked_event_is_taken_in_when_it_is_read_agai
     assert seq(taken(lanes, 3.0)) == 6
 
 
+def test_an_urgent_event_that_failed_is_tried_again_outside_the_windows() -> None:
+    lanes, outbox = Lanes(), Outbox()
+    outbox.append(1, urgent=True)
+    outbox.append(2)
+    fill(lanes, outbox, limit=64)
+    failed = lanes.take(0.0, urgent=True)
+    assert failed is not None
+    lanes.again(failed, until_s=5.0)
+    assert lanes.next_at_s(urgent=True) == 5.0
+    assert lanes.take(4.9, urgent=True) is None
+    assert lanes.take(5.0, urgent=True) == failed
+
+
 # --- any history -------------------------------------------------------------------------------------
 
 USERS = 5

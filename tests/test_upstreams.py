@@ -461,6 +461,17 @@ async def test_while_a_file_of_keys_is_unreadable_an_unknown_key_is_sent_nowhere
     assert [event.upstream for event in books.events] == ["crm", "", ""]
 
 
+async def test_the_key_of_an_upstream_that_begins_with_the_next_start_is_sent_nowhere() -> None:
+    books = Books()
+    running = Destinations(("crm",), {digest("crm-key"): "crm", digest("new-key"): "new"})
+
+    refused = routes(books, running).answer(asked(authorization="Bearer new-key"))
+    assert isinstance(refused, Answer)
+    assert (refused.status, "Retry-After" in refused.headers) == (503, True)
+    assert b"[upstreams.new] is used from the agent's next start on" in refused.body
+    assert books.events == []
+
+
 # --- as it is configured ---
 
 

@@ -107,7 +107,7 @@ class Forwarder:
         self._in_flight = 0
         self._unsettled = 0
         self._trials = Trials()
-        self._batch_bytes = MAX_BATCH_BYTES
+        self._fit = plan.fit
         self._recollected = False
         self._kept_back: KeptBack | None = None
         """What the budget waits for."""
@@ -138,7 +138,7 @@ class Forwarder:
         if plan.budget != self._plan.budget:
             self._meter = Meter(plan.budget)
         self._plan = plan
-        self._batch_bytes = MAX_BATCH_BYTES
+        self._fit = plan.fit
         self._breaker.adopt(
             plan.backoff,
             ceiling=plan.concurrency,
@@ -278,9 +278,7 @@ class Forwarder:
         if ticket is None:
             return None
         urgent = self._kept_back is not None
-        fit = self._plan.fit
-        fit = replace(fit, batch_bytes=min(fit.batch_bytes, self._batch_bytes))
-        claim = self._supply.lanes.take(now_s, fit=fit, urgent=urgent)
+        claim = self._supply.lanes.take(now_s, fit=self._fit, urgent=urgent)
         if claim is None:
             self._breaker.cancel(ticket, now_s)
             return None
@@ -370,7 +368,8 @@ class Forwarder:
         outcome = await self._send(endpoint, body)
         if isinstance(outcome, Rejected) and outcome.status == TOO_LARGE and len(bodies) > 1:
             # Whoever stands in between takes less than the upstream: ask for less from now on.
-            self._batch_bytes = min(self._batch_bytes, len(body) // 2)
+            batch_bytes = min(self._fit.batch_bytes, len(body) // 2)
+            self._fit = replace(self._fit, batch_bytes=batch_bytes)
         self._conclude(claim, ticket, outcome)
 
     async def _send(self, endpoint: Endpoint, body: bytes) -> Outcome:
