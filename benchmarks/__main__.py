@@ -53,7 +53,7 @@ def main(
 ) -> None:
     """Measure FIGURES (all of them if none is named) and print one table.
 
-    All of them take about 12 minutes. Exits with 1 if a figure could not be measured; a target
+    All of them take about 20 minutes. Exits with 1 if a figure could not be measured; a target
     that is missed is a result like any other.
     """
     if deep and quick:

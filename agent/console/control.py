@@ -113,7 +113,7 @@ class Control:
         """GET /metrics: the numbers of `status`, for Prometheus."""
         if request.method != "GET":
             return _not_found(request)
-        # Two MiB of library that most machines never want.
+        # A MiB of library that most machines never want.
         from agent.console.metrics import CONTENT_TYPE, exposition  # noqa: PLC0415
 
         try:

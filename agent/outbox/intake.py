@@ -31,8 +31,8 @@ QUEUE_BYTES = 64 * 1024 * 1024
 """Bytes that may wait for a commit: a dozen bodies of the largest size."""
 
 _PRESSED_EVENTS = 16
-"""From so many events that wait for a commit on, deliveries stand back: with 64 connections at full
-speed there are 30 to 60, and an app that posts now and then never brings so many."""
+"""From so many events that wait for a commit on, deliveries stand back: apps that post one event
+after the other never bring so many, unless there are more of them."""
 
 _GROUP_BYTES = 4 * 1024 * 1024
 """Bytes of one transaction: bounds the write-ahead log and the wait of the last one in it."""
