@@ -45,6 +45,10 @@ class OutboxFullError(OutboxError):
     """The quota or the disk is full; it fits again once events were delivered or discarded."""
 
 
+class AppQuotaError(OutboxFullError):
+    """One app has as much in the outbox as it may; others go on."""
+
+
 class OutboxUnavailableError(OutboxError):
     """The database did not answer as it must: whether the event was stored is unknown."""
 

@@ -42,7 +42,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
     *lane* is a signed 64-bit hash of the user: events of one lane leave in order.
     *digest* is that of the body as accepted (`digest_of`). *body* is the exact JSON of every attempt.
-    *upstream* is the name of the one that it is for, empty for the default one.
+    *upstream* is the name of the one that it is for, empty for the default one; *app* that of the
+    app that it came from, empty where nobody said.
     """
 
     message_id: str
@@ -52,6 +53,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     received_ms: int
     body: bytes
     upstream: str = ""
+    app: str = ""
 
 
 class _File(msgspec.Struct, rename="camel"):

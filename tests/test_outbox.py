@@ -992,6 +992,7 @@ async def test_every_table_is_strict(raw: sqlite3.Connection) -> None:
         "known": 1,
         "ledger": 1,
         "salvage": 1,
+        "app": 1,
     }
 
 

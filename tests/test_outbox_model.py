@@ -20,6 +20,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -38,6 +39,7 @@ from agent.outbox import ids
 from agent.outbox.reader import Reader, open_own_reader, open_reader
 from agent.outbox.records import (
     Ack,
+    App,
     Appended,
     Bury,
     Ledger,
@@ -111,6 +113,7 @@ class Row:
             status=self.status,
             answer=self.answer,
             body=None if delivered else self.event.body,
+            app=self.event.app,
         )
 
 
@@ -153,10 +156,20 @@ class Work:
     now_ms: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Total:
+    """What became of the events of one app, but for what the rows of the world say."""
+
+    accepted: int = 0
+    delivered: int = 0
+    discarded: int = 0
+
+
 @dataclass
 class World:
     """What the outbox must hold."""
 
+    apps: dict[str, Total] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
     ranks: int = 0
     accepted: int = 0
@@ -168,7 +181,7 @@ class World:
     paused: bool = False
 
     def copy(self) -> "World":
-        return replace(self, rows=dict(self.rows))
+        return replace(self, rows=dict(self.rows), apps=dict(self.apps))
 
     def listed(self, state: State) -> list[Row]:
         found = [row for row in self.rows.values() if row.state == state]
@@ -187,6 +200,37 @@ class World:
             paused=self.paused,
         )
 
+    def counted(self) -> list[App]:
+        """Return what the outbox must say of each app; when it first met it is not of the model."""
+        return [
+            App(
+                name=name,
+                token_digest=None,
+                created_ms=0,
+                accepted=total.accepted,
+                delivered=total.delivered,
+                pending=len(self._of(name, "pending")),
+                dead=len(self._of(name, "dead")),
+                discarded=total.discarded,
+                body_bytes=sum(
+                    len(row.event.body)
+                    for row in self._of(name, "pending") + self._of(name, "dead")
+                ),
+            )
+            for name, total in sorted(self.apps.items())
+        ]
+
+    def held_bytes(self, app: str) -> int:
+        return sum(it.held_bytes for it in self.counted() if it.name == app)
+
+    def _of(self, app: str, state: State) -> list[Row]:
+        return [row for row in self.listed(state) if row.event.app == app]
+
+    def _count(self, event: Event, what: Literal["accepted", "delivered", "discarded"]) -> None:
+        if event.app:
+            total = self.apps.get(event.app, Total())
+            self.apps[event.app] = replace(total, **{what: getattr(total, what) + 1})
+
     # What the writer may do.
 
     def append(self, event: Event) -> Appended:
@@ -198,6 +242,7 @@ class World:
             self.conflicts += 1
             return Appended.CONFLICTING
         self.accepted += 1
+        self._count(event, "accepted")
         self.ranks += 1
         self.rows[event.message_id] = Row(event, self.ranks, event.received_ms)
         return Appended.STORED
@@ -213,6 +258,7 @@ class World:
         match settlement:
             case Ack():
                 self.delivered += 1
+                self._count(row.event, "delivered")
                 if remember:
                     self._put(Row(row.event, row.rank, 0, row.seq, "delivered", now_ms))
                 else:
@@ -226,6 +272,7 @@ class World:
     def evict_oldest(self) -> None:
         for row in self.listed("pending")[:1]:
             del self.rows[row.event.message_id]
+            self._count(row.event, "discarded")
             self.discarded += 1
             self.evicted += 1
 
@@ -251,6 +298,7 @@ class World:
                 letters = [row for seq in seqs if (row := self._at(seq, "dead"))]
                 for row in letters:
                     del self.rows[row.event.message_id]
+                    self._count(row.event, "discarded")
                 self.discarded += len(letters)
                 return len(letters)
             case Expire(cutoff_ms, limit):
@@ -352,14 +400,15 @@ def _history(before: World, work: Work, policy: Policy, squeeze: Squeeze | None)
             worlds[-1].evict_oldest()
         worlds.append(worlds[-1].copy())
         appended = len(worlds) - 1
+    within = _within_quotas(worlds[1], work.appends, policy)
     admits = squeeze.admits if squeeze else [True] * len(work.appends)
     for events, admit in zip(work.appends, admits, strict=True):
         # A replay takes no room.
         if not admit and all(event.message_id in worlds[-1].rows for event in events):
             return None
     answers = [
-        [worlds[-1].append(event) for event in events] if admit else None
-        for events, admit in zip(work.appends, admits, strict=True)
+        [worlds[-1].append(event) for event in events] if admit and fits else None
+        for events, admit, fits in zip(work.appends, admits, within, strict=True)
     ]
     counts = []
     for verb in work.verbs:
@@ -368,24 +417,48 @@ def _history(before: World, work: Work, policy: Policy, squeeze: Squeeze | None)
     return History(worlds, settled, appended, answers, counts)
 
 
+def _within_quotas(
+    settled: World, calls: tuple[tuple[Event, ...], ...], policy: Policy
+) -> list[bool]:
+    """Return which calls the quotas let in, whatever room there is: each whole or not at all."""
+    taken: Counter[str] = Counter()
+    verdicts = []
+    for events in calls:
+        wanted: Counter[str] = Counter()
+        for event in events:
+            wanted[event.app] += len(event.body) + 256
+        over = any(
+            settled.held_bytes(app) + taken[app] + wanted[app] > quota
+            for app in wanted
+            if app and (quota := policy.quota_of(app)) is not None
+        )
+        known = all(event.message_id in settled.rows for event in events)
+        verdicts.append(known or not over)
+        if verdicts[-1]:
+            taken += wanted
+    return verdicts
+
+
 # --- the outbox ---------------------------------------------------------------------------------
 
 
-Seen = tuple[Ledger, list[list[tuple[Receipt, int | None]]]]
-"""Everything that the outbox shows, without its seqs: the ledger, and the events of each state."""
+Seen = tuple[Ledger, list[App], list[list[tuple[Receipt, int | None]]]]
+"""Everything that the outbox shows, without its seqs: the ledger, the apps, the events of each state."""
 
 
 def expected(world: World) -> Seen:
-    return world.ledger(), [
+    events = [
         [(row.receipt(), row.event.lane if state == "pending" else None) for row in rows]
         for state in STATES
         for rows in [world.listed(state)]
     ]
+    return world.ledger(), world.counted(), events
 
 
 async def observed(reader: Reader) -> tuple[Seen, dict[str, int]]:
     """Return what the outbox shows, and the seq of every event that it knows."""
     ledger = await reader.ledger()
+    apps = [replace(app, created_ms=0) for app in await reader.apps()]
     lanes = {head.seq: head.lane for head in (await reader.scan(after=0, limit=1000)).heads}
     listed = [await reader.select(state, Selection(), limit=1000) for state in STATES]
     events = [
@@ -393,7 +466,7 @@ async def observed(reader: Reader) -> tuple[Seen, dict[str, int]]:
         for receipts in listed
     ]
     seqs = {receipt.message_id: receipt.seq for receipts in listed for receipt in receipts}
-    return (ledger, events), seqs
+    return (ledger, apps, events), seqs
 
 
 SUMS = """
@@ -548,6 +621,7 @@ class Draft:
     size: int
     version: int
     user: int
+    app: str
 
     def event(self, now_ms: int) -> Event:
         sent = f"{self.number}/{self.version}/{self.user}/".ljust(self.size, "x").encode()
@@ -558,6 +632,7 @@ class Draft:
             digest=hashlib.blake2b(sent, digest_size=16).digest(),
             received_ms=now_ms,
             body=sent + str(now_ms).encode(),  # as stamped: an app's retry differs here
+            app=self.app,
         )
 
 
@@ -567,6 +642,7 @@ drafts = st.builds(
     size=st.sampled_from(SIZES),
     version=st.sampled_from([0, 0, 0, 1]),
     user=st.integers(0, 2),
+    app=st.sampled_from(["", "pos", "kiosk"]),
 )
 calls = st.lists(st.lists(drafts, max_size=4), max_size=3)
 marks = st.integers(0, 10_000)
@@ -809,8 +885,30 @@ class EvictingMachine(OutboxMachine):
     policy = Policy(max_bytes=60 * 1024, evicts=True, remember=True)
 
 
+class RationingMachine(OutboxMachine):
+    """Has room, but for one app only for the smallest events, and for the other for a few."""
+
+    policy = Policy(
+        max_bytes=1 << 30, evicts=False, remember=True, quota=9_000, quotas={"pos": 1_500}
+    )
+
+
+class RationingEvictingMachine(OutboxMachine):
+    """Makes room for whom it lets in, and for nobody else."""
+
+    policy = Policy(max_bytes=60 * 1024, evicts=True, remember=False, quotas={"pos": 9_000})
+
+
 @pytest.mark.parametrize(
-    "machine", [RoomyMachine, ForgetfulMachine, RefusingMachine, EvictingMachine]
+    "machine",
+    [
+        RoomyMachine,
+        ForgetfulMachine,
+        RefusingMachine,
+        EvictingMachine,
+        RationingMachine,
+        RationingEvictingMachine,
+    ],
 )
 def test_the_outbox_is_what_its_model_says(machine: type[OutboxMachine]) -> None:
     run_state_machine_as_test(

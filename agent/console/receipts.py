@@ -11,10 +11,14 @@ from agent.outbox.records import Reason, Receipt, State, label
 
 
 class EventView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """Where one event stands. Instants are RFC 3339 UTC; *body* is what is sent, None once delivered."""
+    """Where one event stands. *app* is None where it came from none that is known.
+
+    Instants are RFC 3339 UTC; *body* is what is sent, None once delivered.
+    """
 
     message_id: str
     upstream: str
+    app: str | None
     state: State
     kind: str | None
     event: str | None
@@ -36,6 +40,7 @@ def view(receipt: Receipt) -> EventView:
     return EventView(
         message_id=receipt.message_id,
         upstream=label(receipt.upstream),
+        app=receipt.app or None,
         state=receipt.state,
         kind=receipt.kind,
         event=fields.get("event"),

@@ -69,6 +69,7 @@ def print_event(receipt: Receipt, program: str, *, now_ms: int) -> None:
     facts = _facts()
     _fact(facts, "messageId", shown.message_id)
     _fact(facts, "upstream", shown.upstream if receipt.upstream else None)
+    _fact(facts, "app", shown.app)
     _fact(facts, "state", _standing(receipt, now_ms))
     _fact(facts, "event", shown.event)
     _fact(facts, "type", shown.kind)

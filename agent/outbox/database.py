@@ -20,6 +20,7 @@ import aiosqlite
 from agent.errors import OutboxDamagedError, OutboxError
 from agent.outbox import files, schema
 from agent.outbox.ids import id_hash
+from agent.outbox.records import App
 from agent.outbox.store import Store
 
 T = TypeVar("T")
@@ -74,6 +75,11 @@ class Database:
     def waiting(self) -> Mapping[str, int]:
         """How many events are pending for each named upstream that has some."""
         return self._store.waiting
+
+    @property
+    def apps(self) -> Mapping[str, App]:
+        """The apps that are known, by name."""
+        return self._store.apps.known
 
     async def transact(self, verb: Callable[[Store], T]) -> T:
         """Run *verb* in the connection's thread; return its result once the commit is synced.

@@ -20,9 +20,11 @@ import msgspec
 
 from agent.errors import OutboxDamagedError, OutboxError
 from agent.outbox import files, lock, schema
+from agent.outbox.apps import APPS
 from agent.outbox.database import is_damage
 from agent.outbox.ids import id_hash
 from agent.outbox.records import (
+    App,
     Glance,
     Head,
     Ledger,
@@ -31,6 +33,7 @@ from agent.outbox.records import (
     Scan,
     Selection,
     State,
+    app_of,
     named,
     unlabel,
 )
@@ -178,6 +181,7 @@ _RECEIPT = """
 SELECT event.seq,
        event.message_id,
        event.upstream,
+       event.app,
        event.state,
        COALESCE(pending.kind, dead.kind),
        event.accepted_ms,
@@ -208,21 +212,21 @@ _BY_MESSAGE_ID = f"{_RECEIPT} WHERE event.{_KNOWN}"
 
 _ROWS: dict[State, str] = {
     "pending": """
-SELECT seq, message_id, event.upstream, state, kind, accepted_ms, settled_ms, attempts,
+SELECT seq, message_id, event.upstream, app, state, kind, accepted_ms, settled_ms, attempts,
        failing_since_ms, NULL AS reason, NULL AS status, NULL AS answer,
        CASE WHEN length(body) <= :listed_bytes THEN body END
   FROM pending
   JOIN event USING (seq)
 """,
     "dead": """
-SELECT seq, message_id, event.upstream, state, kind, accepted_ms, settled_ms, attempts,
+SELECT seq, message_id, event.upstream, app, state, kind, accepted_ms, settled_ms, attempts,
        NULL AS failing_since_ms, reason, status, answer,
        CASE WHEN length(body) <= :listed_bytes THEN body END
   FROM dead
   JOIN event USING (seq)
 """,
     "delivered": """
-SELECT seq, message_id, upstream, state, NULL AS kind, accepted_ms, settled_ms, 0 AS attempts,
+SELECT seq, message_id, upstream, app, state, NULL AS kind, accepted_ms, settled_ms, 0 AS attempts,
        NULL AS failing_since_ms, NULL AS reason, NULL AS status, NULL AS answer, NULL AS body
   FROM event
 """,
@@ -231,6 +235,7 @@ SELECT seq, message_id, upstream, state, NULL AS kind, accepted_ms, settled_ms, 
 _CONDITIONS = {
     "message_ids": _KNOWN,
     "upstream": "event.upstream = :upstream",
+    "app": "event.app = :app",
     # Not by lane: an event that has both ids lies in the lane of its userId.
     "user": """:user IN (json_extract(CAST(body AS TEXT), '$.userId'),
               json_extract(CAST(body AS TEXT), '$.anonymousId'))""",
@@ -431,6 +436,7 @@ class Reader:
             listed_bytes=LISTED_BYTES,
             **_ids(selection.message_ids),
             upstream=None if selection.upstream is None else unlabel(selection.upstream),
+            app=selection.app,
             event=selection.event,
             user=selection.user,
             text=selection.text,
@@ -439,6 +445,10 @@ class Reader:
             accepted_after_ms=selection.accepted_after_ms,
         )
         return [_receipt(row) for row in rows]
+
+    async def apps(self) -> list[App]:
+        """Return the apps that are known, in the order of their names."""
+        return [app_of(row) for row in await self._fetch(APPS)]
 
     async def salvage(self) -> Salvage | None:
         """Return what came of the last damaged database, as long as it lies there."""
@@ -625,6 +635,7 @@ def _receipt(row: sqlite3.Row) -> Receipt:
         seq,
         message_id,
         upstream,
+        app,
         state,
         kind,
         accepted_ms,
@@ -640,6 +651,7 @@ def _receipt(row: sqlite3.Row) -> Receipt:
         seq=seq,
         message_id=message_id,
         upstream=upstream,
+        app=app,
         state=state,
         kind=kind,
         accepted_ms=accepted_ms,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -135,6 +136,48 @@ class Ledger:
         return self.paused or upstream in self.paused_upstreams
 
 
+TOKEN_DIGEST_BYTES = 32
+"""Of SHA-256."""
+
+EVENT_OVERHEAD_BYTES = 256
+"""What an event takes beside its body: id, index entry, page slack. An estimate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class App:
+    """One app that posts: the SHA-256 of its token, and what became of its events.
+
+    *token_digest* is None where it has none, *revoked_ms* until it is withdrawn. As in the ledger,
+    accepted = delivered + pending + dead + discarded. *body_bytes* is of what is pending or dead.
+    """
+
+    name: str
+    token_digest: bytes | None
+    created_ms: int
+    revoked_ms: int | None = None
+    accepted: int = 0
+    delivered: int = 0
+    pending: int = 0
+    dead: int = 0
+    discarded: int = 0
+    body_bytes: int = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes of the outbox: the bytes of its quota."""
+        return self.body_bytes + EVENT_OVERHEAD_BYTES * (self.pending + self.dead)
+
+    @property
+    def has_token(self) -> bool:
+        """Whether it is known by a token now."""
+        return self.token_digest is not None and self.revoked_ms is None
+
+
+def app_of(columns: Sequence[Any]) -> App:
+    """Return an app by the columns of its row, in their order."""
+    return App(**dict(zip(App.__slots__, columns, strict=True)))
+
+
 class Salvage(msgspec.Struct, frozen=True):
     """What came of a damaged database, in events; *moved_to* is its file's name beside the outbox.
 
@@ -166,6 +209,7 @@ class Receipt:
     answer: str | None
     body: bytes | None
     upstream: str = ""
+    app: str = ""
 
 
 class Selection(
@@ -180,12 +224,13 @@ class Selection(
 
     It is also what the control API reads, so that a condition cannot be lost on the way.
 
-    *upstream* is by its label. *event*, *user* and *message_ids* match exactly, *text* anywhere in the body;
+    *upstream* is by its label. *app*, *event*, *user* and *message_ids* match exactly, *text* anywhere in the body;
     *accepted_before_ms* and *accepted_after_ms* bound the time of acceptance (Unix ms).
     """
 
     message_ids: tuple[str, ...] = ()
     upstream: str | None = None
+    app: str | None = None
     event: str | None = None
     user: str | None = None
     reason: Reason | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.errors import OutboxError, OutboxFullError, OutboxOverloadedError
+from agent.errors import AppQuotaError, OutboxError, OutboxFullError, OutboxOverloadedError
 from agent.exchange import Answer, refuse
 
 RETRY_OVERLOADED_S = 1
@@ -16,8 +16,10 @@ RETRY_FULL_S = 30
 
 
 def refuse_for(exc: OutboxError) -> Answer:
-    """Return 507 for a full outbox, else 503; both say when to send again."""
+    """Return 507 for an outbox or a quota that is full, else 503; both say when to send again."""
     match exc:
+        case AppQuotaError():
+            return refuse(507, "AGENT_APP_QUOTA", str(exc), retry_after_s=RETRY_FULL_S)
         case OutboxFullError():
             return refuse(507, "AGENT_OUTBOX_FULL", str(exc), retry_after_s=RETRY_FULL_S)
         case OutboxOverloadedError():

@@ -6,12 +6,13 @@ Each can be repeated: a set whose salvage was cut off is read again from its beg
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from agent.event import digest_of
+from agent.outbox.apps import shared
 from agent.outbox.ids import Id, id_of
-from agent.outbox.records import Ack, State, label
+from agent.outbox.records import Ack, App, State, label
 from agent.outbox.store import Store
 
 if TYPE_CHECKING:  # loaded only where a damaged database is read: see rescue
@@ -44,8 +45,8 @@ SELECT 1
 """
 
 _RESTORE_EVENT = """
-INSERT INTO event (seq, message_id, digest, state, accepted_ms, settled_ms, upstream)
-VALUES (:seq, :message_id, :digest, :state, :accepted_ms, :settled_ms, :upstream)
+INSERT INTO event (seq, message_id, digest, state, accepted_ms, settled_ms, upstream, app)
+VALUES (:seq, :message_id, :digest, :state, :accepted_ms, :settled_ms, :upstream, :app)
 """
 
 _RESTORE_PENDING = """
@@ -128,6 +129,25 @@ def note_sets(store: Store, names: Sequence[str], *, now_ms: int, floor: int) ->
     return [name for (name,) in store.fetch(_UNSALVAGED) if name in names]
 
 
+def put_back_apps(store: Store, apps: Sequence[App]) -> None:
+    """Let the tokens be known again that were; one that was given or withdrawn here since stays so.
+
+    Their events are counted as they come back.
+    """
+    for old in apps:
+        new = store.apps.get(old.name)
+        if new is None or new.token_digest is None or new.created_ms < old.created_ms:
+            app = new or App(name=old.name, token_digest=None, created_ms=old.created_ms)
+            store.apps.put(
+                replace(
+                    app,
+                    token_digest=old.token_digest,
+                    created_ms=old.created_ms,
+                    revoked_ms=old.revoked_ms,
+                )
+            )
+
+
 def put_back(store: Store, name: str, survivors: Sequence[Survivor]) -> None:
     """Put back the events among *survivors* that are not known here, with the seqs they had."""
     ((floor,),) = store.fetch(_FLOOR, name=name)
@@ -149,6 +169,9 @@ def put_back(store: Store, name: str, survivors: Sequence[Survivor]) -> None:
     store.change_each(_RESTORE_PENDING, rows["pending"])
     store.change_each(_RESTORE_DEAD, rows["dead"])
     store.restored(row["upstream"] for row in rows["pending"])
+    for state, some in rows.items():
+        for share in shared((row["app"], row["body"] or b"") for row in some):
+            store.apps.take_in(share, state, now_ms=max(row["accepted_ms"] for row in some))
     store.ids.index((id_of(row["upstream"], row["message_id"]), row["seq"]) for row in everything)
     counts = {state: len(some) for state, some in rows.items()}
     store.change(_COUNT_RESTORED, last_seq=store.last_seq, **counts)

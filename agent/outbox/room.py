@@ -1,6 +1,7 @@
 """Who is let in: the quota, the disk, and what makes room.
 
     outbox.max_size   the database's pages in use, with what waits to be stored
+    an app's quota    what is pending or dead of what came from it; over it nothing makes room
     the disk          once it was met full, only what fits into free pages, until there is room for
                       the reserve again (outbox.reserve)
 
@@ -9,21 +10,19 @@ Decides inside the writer's transaction, so that what settlements free counts at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
 from agent.clock import Clock
-from agent.errors import OutboxFullError
+from agent.errors import AppQuotaError, OutboxFullError
 from agent.event import Event
-from agent.outbox.records import Appended
+from agent.outbox.records import EVENT_OVERHEAD_BYTES, Appended
 from agent.outbox.reserve import Reserve
 from agent.outbox.store import Space, Store
-
-_ROW_OVERHEAD_BYTES = 256
-"""What an event takes beside its body: id, index entry, page slack. Corrected after each commit."""
 
 _BARE_BYTES = 40 * 1024
 """What an outbox without events takes; an event that does not fit beside it never will."""
@@ -31,6 +30,9 @@ _BARE_BYTES = 40 * 1024
 _EVICT_LIMIT = 10_000
 _PRUNE_LIMIT = 1_000
 """Rows evicted and ids forgotten at once at most, to keep the transaction short."""
+
+DEFAULT_QUOTA = "outbox.max_size_per_app"
+"""The key of the quota of each app that has none of its own."""
 
 Results = list[list[Appended] | OutboxFullError]
 """What became of the events of each call, or why it was refused."""
@@ -40,11 +42,19 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What the operator configured. *max_bytes* bounds the database; *remember* keeps delivered ids."""
+    """What the operator configured. *max_bytes* bounds the database; *remember* keeps delivered ids.
+
+    *quotas* bounds what it holds of some apps, *quota* of each other one; None: nothing does.
+    """
 
     max_bytes: int
     evicts: bool
     remember: bool
+    quota: int | None = None
+    quotas: Mapping[str, int] = field(default_factory=dict)
+
+    def quota_of(self, app: str) -> int | None:
+        return self.quotas.get(app, self.quota)
 
 
 class Room:
@@ -105,6 +115,39 @@ class Room:
         self, store: Store, calls: Sequence[Sequence[Event]]
     ) -> list[OutboxFullError | None]:
         """Return for each call why its events are refused; None: they may be stored."""
+        taken: Counter[str] = Counter()
+        # First: nothing is discarded to make room for what is refused all the same.
+        over = [self._over_quota(store, events, taken) for events in calls]
+        others = [events for events, refusal in zip(calls, over, strict=True) if refusal is None]
+        verdicts = iter(self._judge_room(store, others) if others else ())
+        return [next(verdicts) if refusal is None else refusal for refusal in over]
+
+    def _over_quota(
+        self, store: Store, events: Sequence[Event], taken: Counter[str]
+    ) -> AppQuotaError | None:
+        """Return the refusal that the quota of an app means; else count its events as *taken*."""
+        wanted: Counter[str] = Counter()
+        for event in events:
+            if event.app:
+                wanted[event.app] += _footprint([event])
+        for name, wanted_bytes in wanted.items():
+            max_bytes = self._policy.quota_of(name)
+            held_bytes = store.apps.held_bytes(name) + taken[name]
+            if max_bytes is None or held_bytes + wanted_bytes <= max_bytes:
+                continue
+            if not store.knows_all(events):
+                key = f"apps.{name}.max_size" if name in self._policy.quotas else DEFAULT_QUOTA
+                return AppQuotaError(
+                    f"app {name}: the outbox holds {held_bytes} bytes of it, and may hold {max_bytes}"
+                    f" ({key}), which leaves too little for {wanted_bytes} more; send again when some"
+                    " of its events were delivered or discarded, or raise that key"
+                )
+        taken.update(wanted)
+        return None
+
+    def _judge_room(
+        self, store: Store, calls: Sequence[Sequence[Event]]
+    ) -> list[OutboxFullError | None]:
         if self.reserve.keep():
             room_bytes = self._quota_left(store, calls)
         else:
@@ -165,4 +208,4 @@ class Room:
 
 
 def _footprint(events: Sequence[Event]) -> int:
-    return sum(len(event.body) + _ROW_OVERHEAD_BYTES for event in events)
+    return sum(len(event.body) + EVENT_OVERHEAD_BYTES for event in events)

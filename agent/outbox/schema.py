@@ -6,6 +6,7 @@
     dead      dead letters, with the upstream's last answer
     ledger    one row of counters, whose CHECK is promise 2
     salvage   one row per damaged database that was set aside (outbox.rescue), by its file's name
+    app       one row per app: the digest of its token, and what became of its events (outbox.apps)
 
 An event's bytes live in `pending` or `dead` and go when it is delivered; its small row in
 `event` stays for `outbox.delivered_retention`. Rows leave `pending` at the front, so whole pages
@@ -182,7 +183,32 @@ _V3 = (
     """,
 )
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3)
+# `app` stands in `event` alone, whose rows are small; an index on it would be written for each event.
+_V4 = (
+    """
+    ALTER TABLE event
+      ADD COLUMN app TEXT NOT NULL DEFAULT ''
+    """,
+    # The counters have the CHECK of the ledger, for each app by itself. body_bytes is of what is
+    # pending or dead.
+    """
+    CREATE TABLE app (
+        name         TEXT    PRIMARY KEY,
+        token_digest BLOB    CHECK (length(token_digest) = 32),
+        created_ms   INTEGER NOT NULL,
+        revoked_ms   INTEGER CHECK (revoked_ms IS NULL OR token_digest IS NOT NULL),
+        accepted     INTEGER NOT NULL CHECK (accepted >= 0),
+        delivered    INTEGER NOT NULL CHECK (delivered >= 0),
+        pending      INTEGER NOT NULL CHECK (pending >= 0),
+        dead         INTEGER NOT NULL CHECK (dead >= 0),
+        discarded    INTEGER NOT NULL CHECK (discarded >= 0),
+        body_bytes   INTEGER NOT NULL CHECK (body_bytes >= 0),
+        CHECK (accepted = delivered + pending + dead + discarded)
+    ) STRICT
+    """,
+)
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_V1, _V2, _V3, _V4)
 """Statements that lead from user_version n to n + 1. Append only: databases in the field ran these."""
 
 VERSION = len(MIGRATIONS)

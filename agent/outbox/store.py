@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from typing import Any, assert_never
+from typing import Any, Literal, assert_never
 
 import msgspec
 
 from agent.event import Event
+from agent.outbox.apps import Apps, shared
 from agent.outbox.ids import Id, KnownIds, id_of
 from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State, label, named
 
@@ -27,7 +28,7 @@ SELECT last_seq
 
 # These two are completed by `insert_each`.
 _INSERT_EVENT = """
-INSERT INTO event (seq, message_id, digest, state, accepted_ms, upstream)
+INSERT INTO event (seq, message_id, digest, state, accepted_ms, upstream, app)
 VALUES"""
 
 _DIGEST = """
@@ -274,6 +275,7 @@ class Store:
         """
         self._waiting_more: Counter[str] = Counter()
         """What the open transaction changes of that."""
+        self.apps = Apps(db)
 
     def committed(self) -> None:
         self.ids.committed()
@@ -282,9 +284,11 @@ class Store:
             waiting.update(self._waiting_more)
             self.waiting = +waiting
             self._waiting_more = Counter()
+        self.apps.committed()
 
     def rolled_back(self) -> None:
         self.ids.rolled_back()
+        self.apps.rolled_back()
         self._waiting_more = Counter()
 
     def append(self, events: Sequence[Event]) -> list[Appended]:
@@ -294,6 +298,7 @@ class Store:
         event_rows: list[tuple[Any, ...]] = []
         pending_rows: list[tuple[Any, ...]] = []
         results: list[Appended] = []
+        from_apps: list[tuple[str, bytes]] = []
         for event in events:
             event_id = id_of(event.upstream, event.message_id)
             seq = known.get(event_id)
@@ -307,13 +312,19 @@ class Store:
             digests[seq] = event.digest
             self.ids.add(event_id, seq)
             results.append(Appended.STORED)
-            at_ms, upstream = event.received_ms, event.upstream
-            event_rows.append((seq, event.message_id, event.digest, "pending", at_ms, upstream))
+            at_ms, upstream, app = event.received_ms, event.upstream, event.app
+            event_rows.append(
+                (seq, event.message_id, event.digest, "pending", at_ms, upstream, app)
+            )
             pending_rows.append((seq, event.kind, event.lane, at_ms, event.body, upstream))
             if upstream:
                 self._waiting_more[upstream] += 1
+            if app:
+                from_apps.append((app, event.body))
         self.insert_each(_INSERT_EVENT, event_rows)
         self.insert_each(_INSERT_PENDING, pending_rows)
+        for share in shared(from_apps):
+            self.apps.take_in(share, "pending", now_ms=events[0].received_ms)
         self.change(
             _COUNT_APPENDED,
             last_seq=self.last_seq,
@@ -362,7 +373,7 @@ class Store:
                 case _:
                     assert_never(settlement)
         if acks:
-            self._delete_pending(acks)
+            self._delete_pending(acks, "delivered")
             delivered = (
                 self.change(_MARK_DELIVERED, seqs=_json(acks), now_ms=now_ms)
                 if remember
@@ -379,7 +390,9 @@ class Store:
     def _ack_expired(self, acks: list[int], *, now_ms: int, remember: bool) -> None:
         """Count as delivered what expired while its request was under way."""
         for seq in acks:
+            shares = self.apps.shares([seq], "dead")
             if self.change(_DELETE_EXPIRED, seq=seq):
+                self.apps.move(shares, "dead", "delivered")
                 if remember:
                     self.change(_MARK_EXPIRED_DELIVERED, seq=seq, now_ms=now_ms)
                 else:
@@ -388,7 +401,7 @@ class Store:
 
     def _bury(self, rows: list[dict[str, Any]]) -> int:
         self.change_each(_INSERT_DEAD, rows)
-        self._delete_pending([row["seq"] for row in rows])
+        self._delete_pending([row["seq"] for row in rows], "dead")
         buried = self.change_each(_MARK_DEAD, rows)
         self.change(_COUNT_BURIED, n=buried)
         return buried
@@ -403,6 +416,7 @@ class Store:
             if not isinstance(event_id, str):
                 self._waiting_more[event_id[0]] += 1
             rows.append({"seq": seq, "new_seq": self.last_seq, "now_ms": now_ms})
+        self.apps.move(self.apps.shares([row["seq"] for row in rows], "dead"), "dead", "pending")
         self.change_each(_MARK_REQUEUED, rows)
         self.change_each(_MOVE_REQUEUED, rows)
         self.change_each(_DELETE_DEAD, rows)
@@ -411,6 +425,7 @@ class Store:
 
     def discard(self, seqs: Sequence[int]) -> int:
         """Delete dead letters for good; return how many."""
+        self.apps.move(self.apps.shares(seqs, "dead"), "dead", "discarded")
         discarded = self._forget(seqs, "dead")
         self.change_each(_DELETE_DEAD, [{"seq": seq} for seq in seqs])
         self.change(_COUNT_DISCARDED_DEAD, n=discarded)
@@ -425,7 +440,7 @@ class Store:
                 break
             seqs.append(seq)
             freed += size
-        self._delete_pending(seqs)
+        self._delete_pending(seqs, "discarded")
         evicted = self._forget(seqs, "pending")
         self.change(_COUNT_EVICTED, n=evicted)
         self.withdrawn += evicted
@@ -459,7 +474,10 @@ class Store:
         """Count events that became pending by another way than these verbs, by their upstreams."""
         self._waiting_more.update(name for name in upstreams if name)
 
-    def _delete_pending(self, seqs: list[int]) -> None:
+    def _delete_pending(
+        self, seqs: list[int], to: Literal["delivered", "dead", "discarded"]
+    ) -> None:
+        self.apps.move(self.apps.shares(seqs, "pending"), "pending", to)
         if self.waiting or self._waiting_more:
             self._waiting_more.subtract(dict(self.fetch(_NAMED_AMONG, seqs=_json(seqs))))
         self.change(_DELETE_PENDING, seqs=_json(seqs))

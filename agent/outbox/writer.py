@@ -39,7 +39,7 @@ from agent.outbox import database, files, lock
 from agent.outbox.intake import Group, Intake, Perform, refuse, reject, resolve
 from agent.outbox.news import News
 from agent.outbox.opening import Opening
-from agent.outbox.records import Appended, Settlement
+from agent.outbox.records import App, Appended, Settlement
 from agent.outbox.room import Policy, Results, Room
 from agent.outbox.store import Store
 
@@ -152,6 +152,13 @@ class Writer:
     def waiting(self) -> Mapping[str, int]:
         """How many events are pending for each named upstream that has some."""
         return self.opening.database.waiting if self.opening.is_open else {}
+
+    @property
+    def apps(self) -> Mapping[str, App] | None:
+        """The apps that are known, by name; None while one may be missing."""
+        if self.rescuing or not self.opening.is_open:
+            return None
+        return self.opening.database.apps
 
     def suspect(self, damage: str) -> None:
         """A reader met damage: begin anew with an empty database, and salvage the damaged one."""

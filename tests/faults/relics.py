@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,12 +31,16 @@ from agent.event import Event, parse_track
 from agent.outbox import schema
 from agent.outbox.reader import open_reader
 from agent.outbox.records import Ack, Bury, Reason, Retry, Selection, State
-from agent.outbox.writer import Policy, open_writer
+from agent.outbox.store import Store
+from agent.outbox.writer import Policy, Writer, open_writer
 
 FOLDER = Path(__file__).parent / "schemas"
 
 REMEMBER = 'delivered_retention = "36500d"'
 """What relics need in [outbox]: their events were delivered long ago."""
+
+TOKEN_DIGESTS = {name: sha256(name.encode()).digest() for name in ("pos", "kiosk")}
+"""Of the apps in relics since version 4."""
 
 _MADE_MS = 1_780_000_000_000
 """The time of day in which relics are made, so that two of them are alike."""
@@ -146,6 +152,23 @@ async def _fill(outbox: Path) -> None:
         other = _event("event-17", "ann", clock)
         await writer.append([msgspec.structs.replace(other, upstream="crm")])
         await writer.settle(Ack(18))
+        await _fill_apps(writer, clock)
+
+
+async def _fill_apps(writer: Writer, clock: _Clock) -> None:
+    """Add what came from apps: of one that is known by its token, and of one whose was revoked."""
+    for name, digest in TOKEN_DIGESTS.items():
+        await writer.perform(partial(_issue, name=name, digest=digest))
+    for n, name in enumerate(("pos", "pos", "pos", "kiosk"), 18):
+        event = _event(f"event-{n}", "cid", clock)
+        await writer.append([msgspec.structs.replace(event, app=name)])
+    await writer.settle(Ack(19))
+    await writer.settle(Bury(seq=20, reason="rejected", status=400, answer="no"))
+    await writer.perform(lambda store: store.apps.revoke("kiosk", now_ms=clock.wall_ms()))
+
+
+def _issue(store: Store, *, name: str, digest: bytes) -> bool:
+    return store.apps.issue(name, digest, now_ms=_MADE_MS)
 
 
 def _dump(db: sqlite3.Connection) -> Iterator[str]:

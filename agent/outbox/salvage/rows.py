@@ -16,7 +16,7 @@ from typing import cast, get_args
 import msgspec
 
 from agent.event import DIGEST_BYTES, Kind
-from agent.outbox.records import Ledger, Reason, State, named
+from agent.outbox.records import TOKEN_DIGEST_BYTES, App, Ledger, Reason, State, app_of, named
 from agent.outbox.salvage.pages import Shape, Value
 from agent.settings import UPSTREAM_NAME
 
@@ -49,6 +49,7 @@ class Table(Enum):
     PENDING = "pending"
     DEAD = "dead"
     EVENT = "event"
+    APP = "app"
 
 
 ABOUT_EVENTS = frozenset({Table.EVENT, Table.PENDING, Table.DEAD})
@@ -58,14 +59,17 @@ _SHAPES = {
     Table.LEDGER: re.compile(r"ni{10}.*"),
     Table.PENDING: re.compile(r"ntiii[in]bt?"),
     Table.DEAD: re.compile(r"ntiit[in]tbt?"),
-    Table.EVENT: re.compile(r"ntbti[in]t?"),
+    Table.EVENT: re.compile(r"ntbti[in]t{0,2}"),
+    Table.APP: re.compile(r"t[bn]i[in]i{6}"),
 }
 """The columns of each table: null, integer, text or blob. The ledger may gain columns.
 
-The last text is the upstream, which rows of before version 3 have not, in databases of any version.
+The last text is the upstream, which rows of before version 3 have not, in databases of any version;
+behind that of an event stands the app, since version 4.
 """
 
-_UPSTREAM = re.compile(UPSTREAM_NAME)
+_NAME = re.compile(UPSTREAM_NAME)
+"""Of an upstream or an app."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,7 @@ class EventRow:
     accepted_ms: int
     settled_ms: int | None
     upstream: str = ""
+    app: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +118,7 @@ class LedgerRow:
         return self.last_seq + counters.delivered + counters.discarded + counters.duplicates
 
 
-Row = EventRow | PendingRow | DeadRow | LedgerRow
+Row = EventRow | PendingRow | DeadRow | LedgerRow | App
 
 
 def table_of(shape: Shape) -> Table | None:
@@ -142,6 +147,8 @@ def row_of(table: Table, values: Sequence[Value]) -> Row | None:
                 return _dead(*values[1:])
             case Table.LEDGER:
                 return _ledger(values[1:])
+            case Table.APP:
+                return _app(values)
             case Table.SCHEMA:
                 return None
     except UnicodeDecodeError:
@@ -187,6 +194,7 @@ def _event(
     accepted_ms: Value,
     settled_ms: Value,
     upstream: Value = b"",
+    app: Value = b"",
 ) -> EventRow | None:
     row = EventRow(
         message_id=_text(message_id),
@@ -195,12 +203,14 @@ def _event(
         accepted_ms=cast(int, accepted_ms),
         settled_ms=cast(int | None, settled_ms),
         upstream=_text(upstream),
+        app=_text(app),
     )
     sound = (
         len(row.digest) == DIGEST_BYTES
         and row.state in _STATES
         and (row.settled_ms is None) == (row.state == "pending")
-        and _is_upstream(row.upstream)
+        and _is_name(row.upstream)
+        and _is_name(row.app)
     )
     return row if sound else None
 
@@ -227,7 +237,7 @@ def _pending(
         row.kind in _KINDS
         and row.attempts >= 0
         and (row.failing_since_ms is None) == (row.attempts == 0)
-        and _is_upstream(row.upstream)
+        and _is_name(row.upstream)
     )
     return row if sound else None
 
@@ -256,7 +266,7 @@ def _dead(
         row.kind in _KINDS
         and row.attempts >= 0
         and row.reason in _REASONS
-        and _is_upstream(row.upstream)
+        and _is_name(row.upstream)
     )
     return row if sound else None
 
@@ -274,8 +284,21 @@ def _ledger(values: Sequence[Value]) -> LedgerRow | None:
     return LedgerRow(last_seq, ledger) if sound else None
 
 
-def _is_upstream(name: str) -> bool:
-    return not name or _UPSTREAM.fullmatch(name) is not None
+def _app(values: Sequence[Value]) -> App | None:
+    name, *rest = values
+    app = app_of([_text(name), *rest])
+    kept = app.delivered + app.pending + app.dead + app.discarded
+    sound = (
+        bool(app.name)
+        and _is_name(app.name)
+        and (app.token_digest is None or len(app.token_digest) == TOKEN_DIGEST_BYTES)
+        and app.accepted == kept
+    )
+    return app if sound else None
+
+
+def _is_name(name: str) -> bool:
+    return not name or _NAME.fullmatch(name) is not None
 
 
 def _text(value: Value) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from agent.outbox.records import App
 from agent.outbox.salvage import pages, rows, tree
 from agent.outbox.salvage.rows import LedgerRow, Table
 from agent.outbox.salvage.views import View
@@ -16,6 +17,8 @@ class Scan:
     """(the lowest seq, the page) of each leaf with rows of events."""
     ledgers: list[tuple[int, LedgerRow]] = field(default_factory=list)
     """(the page, the row) of whatever looks like a ledger."""
+    apps: list[tuple[int, App]] = field(default_factory=list)
+    """The same of apps."""
     roots: list[int] = field(default_factory=lambda: [1])
     branches: dict[int, list[int]] = field(default_factory=dict)
     """The children of each interior page."""
@@ -62,6 +65,11 @@ def _scan_leaf(found: Scan, view: View, number: int, page: bytes) -> bool:
                 found.roots.append(rows.root_page(pages.values_of(payload, shape)))
         elif table is Table.LEDGER:
             found.ledgers += [(number, ledger) for ledger in ledgers_on(view, number)]
+        elif shape is not None and table is Table.APP:
+            payload = view.payload(page, cell)
+            app = payload and rows.row_of(Table.APP, pages.values_of(payload, shape))
+            if isinstance(app, App):
+                found.apps.append((number, app))
     if lowest is not None:
         found.leaves.append((lowest, number))
     return whole

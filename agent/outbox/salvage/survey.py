@@ -9,13 +9,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import NamedTuple
 
 from agent.event import Kind, proof_of
-from agent.outbox.records import Ledger, Reason, State
+from agent.outbox.records import App, Ledger, Reason, State
 from agent.outbox.salvage import pages, rows, tree
 from agent.outbox.salvage.pages import Cell
 from agent.outbox.salvage.rows import DeadRow, EventRow, LedgerRow, PendingRow, Row, Table
@@ -55,6 +55,7 @@ class Survivor:
     answer: str | None = None
     body: bytes | None = None
     upstream: str = ""
+    app: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,7 +64,7 @@ class Report:
 
     *pages_damaged* are those in use that do not decode in full. *bodies_lost* are events that are
     known and were not delivered, but whose body is gone. *ledger* and *last_seq* are what the
-    database said of itself, None if that is lost.
+    database said of itself, None if that is lost; *apps* those that are still known.
     """
 
     page_bytes: int
@@ -75,6 +76,7 @@ class Report:
     bodies_lost: int = 0
     last_seq: int | None = None
     ledger: Ledger | None = None
+    apps: list[App] = field(default_factory=list)
 
 
 class _Place(NamedTuple):
@@ -102,6 +104,7 @@ class Survey:
         self._views: list[View] = []
         self._leaves: list[int] = []
         self._taken: set[int] = set()
+        self._apps: dict[str, App] = {}
         self.report = Report(page_bytes=views.with_log[0].page_bytes)
         ledgers = [ledger for view in views.with_log for ledger in self._add(view, None)]
         bare = views.without_log
@@ -115,6 +118,7 @@ class Survey:
         if ledgers:
             ledger = max((ledger for _, ledger in ledgers), key=lambda ledger: ledger.age)
             self.report.last_seq, self.report.ledger = ledger.last_seq, ledger.counters
+        self.report.apps = list(self._apps.values())
         self._leaves.sort()
 
     def rows(self) -> Iterator[Survivor]:
@@ -166,11 +170,16 @@ class Survey:
             doubtful = number not in reachable and tree.mapped(view, number) is tree.Mapped.UNKNOWN
             key = ((seq << 1 | doubtful) << _VIEW_BITS | i) << _PAGE_BITS | number
             self._leaves.append(key)
-        return [
-            (number, ledger)
-            for number, ledger in found.ledgers
-            if tree.is_in_use(view, number, reachable=reachable, free=free)
-        ]
+
+        def in_use(number: int) -> bool:
+            return tree.is_in_use(view, number, reachable=reachable, free=free)
+
+        for number, app in found.apps:
+            if in_use(number):
+                # An older image may have the token before this one, or that one not yet revoked.
+                newest = max(app, self._apps.get(app.name, app), key=_token_age)
+                self._apps[app.name] = newest
+        return [(number, ledger) for number, ledger in found.ledgers if in_use(number)]
 
     def _grouped(self) -> Iterator[list[_Place]]:
         """Yield all places of one seq after those of another, in ascending order.
@@ -252,6 +261,10 @@ def surviving(path: Path) -> Iterator[Survivor]:
         yield from found.rows()
 
 
+def _token_age(app: App) -> tuple[bool, int, bool]:
+    return app.token_digest is not None, app.created_ms, app.revoked_ms is not None
+
+
 def _pop_group(heap: list[_Place]) -> list[_Place]:
     group = [heappop(heap)]
     while heap and heap[0].seq == group[0].seq:
@@ -268,6 +281,7 @@ def _delivered(seq: int, event: EventRow) -> Survivor:
         accepted_ms=event.accepted_ms,
         settled_ms=event.settled_ms,
         upstream=event.upstream,
+        app=event.app,
     )
 
 
@@ -294,4 +308,5 @@ def _waiting(seq: int, found: _Bodied, event: EventRow | None, before_ms: int) -
         answer=dead.answer if dead else None,
         body=row.body,
         upstream=event.upstream if event else row.upstream,
+        app=event.app if event else "",
     )
