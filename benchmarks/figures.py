@@ -52,14 +52,19 @@ def b1(bench: Bench) -> list[Row]:
 def b2(bench: Bench) -> list[Row]:
     """Durable events in requests of 100 over HTTP, against SQLite alone."""
     count = bench.scale.batched_events
-    ours, theirs = [], []
-    for number in range(1, bench.rounds + 1):
-        say(f"B2: round {number} of {bench.rounds}")
-        # The reference writes the very rows that the agent's side has left.
-        with bench.outbox() as outbox, bench.outbox() as other:
-            with bench.agent_on(outbox) as agent:
-                ours.append(batches(bench, agent).rate)
-            theirs.append(references.executemany(outbox, other, count))
+
+    def agent() -> float:
+        with bench.agent() as running:
+            return batches(bench, running).rate
+
+    with bench.outbox() as like:
+        filling.fill(like, count, bench.seed)
+
+        def reference() -> float:
+            with bench.outbox() as outbox:
+                return references.executemany(like, outbox, count)
+
+        ours, theirs = bench.side_by_side("B2", agent, reference)
     subject = "requests of 100 / executemany of the same rows"
     return [_rate("B2", subject, ours, theirs, 0.5)]
 
