@@ -21,12 +21,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from agent.contract import Terms, read_event
-from agent.errors import AgentError
+from agent.errors import AgentError, OutboxOverloadedError
 from agent.exchange import Answer, Request
 from agent.ingest.guard import Guard
 from agent.ingest.reply import Handler, Reply
 from agent.ingest.routes import Routes
 from agent.ingest.server import serving
+from agent.ingest.turns import WAITING_BYTES, Turns
 from agent.outbox.intake import QUEUE_EVENTS
 from agent.outbox.store import Store
 from agent.outbox.writer import Policy, Writer, open_writer
@@ -290,6 +291,31 @@ async def test_a_batch_that_does_not_fit_into_the_outbox_is_refused_whole(tmp_pa
         answer = await ingest.post(batch(*items), path=BATCH)
         assert "outbox.max_size" in assert_refused(answer, 507, "AGENT_OUTBOX_FULL")
         assert ingest.stored() == []
+
+
+async def test_others_have_turns_while_a_large_batch_is_read() -> None:
+    body = batch(*[{"type": "page", "userId": "u", "messageId": "m"}] * 5_000)
+    turns = 0
+    async with asyncio.TaskGroup() as tasks:
+        read = tasks.create_task(Turns().read(body, received_ms=0, terms=Terms()))
+        while not read.done():
+            turns += 1
+            await asyncio.sleep(0)
+    assert len(read.result()) == 5_000
+    assert turns > 20
+
+
+async def test_batches_that_are_too_many_to_wait_are_a_503() -> None:
+    turns, terms = Turns(), Terms()
+    body = batch(*[{"type": "page", "userId": "u", "messageId": "m"}] * 1_000)
+    huge = body + b" " * (WAITING_BYTES // 2 - len(body))
+    async with asyncio.TaskGroup() as tasks:
+        reads = [tasks.create_task(turns.read(huge, received_ms=0, terms=terms)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(OutboxOverloadedError, match="wait to be read"):
+            await turns.read(body, received_ms=0, terms=terms)
+    assert [len(read.result()) for read in reads] == [1_000, 1_000]
+    assert len(await turns.read(body, received_ms=0, terms=terms)) == 1_000
 
 
 async def test_alias_is_answered_as_the_upstream_does(ingest: Ingest) -> None:
