@@ -14,6 +14,7 @@ the daemon when it is told to read anew, or when a file beside the configuration
 
 from __future__ import annotations
 
+import pwd
 import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,8 +26,16 @@ import msgspec
 import platformdirs
 
 from agent.errors import ConfigError
-from agent.keys import KEYS, PREFIX, STRUCTS, UPSTREAMS, Key, bare, keys_with, shown, toml
-from agent.settings import DEFAULT_UPSTREAM, UPSTREAM_NAME, Forward, NamedUpstream, Settings
+from agent.keys import APPS, KEYS, PREFIX, STRUCTS, UPSTREAMS, Key, bare, keys_with, shown, toml
+from agent.settings import (
+    APP_NAME,
+    DEFAULT_UPSTREAM,
+    UPSTREAM_NAME,
+    AppSettings,
+    Forward,
+    NamedUpstream,
+    Settings,
+)
 from agent.units import Bytes, Seconds, WriteKey, app_keys, key_digest
 
 APP = "tranthor-agent"
@@ -49,7 +58,9 @@ class Loaded:
     *file* is None when none was found. *origins* has every key ("upstream.url"): "default", the path
     of a file, "environment NAME" or "credential write_key". *problems* are sentences for a person.
     *app_keys* has for the digest of an app's write key the upstream that its events are for;
-    *unknown_app_keys* is not empty while there is one that could not be read.
+    *unknown_app_keys* is not empty while there is one that could not be read. *app_users* has for the
+    number of a user the app that its events on the Unix socket are from; only *socket_users* may post
+    there, None: whoever can.
     """
 
     settings: Settings
@@ -58,6 +69,8 @@ class Loaded:
     problems: tuple[str, ...]
     app_keys: Mapping[str, str] = field(default_factory=dict)
     unknown_app_keys: str = ""
+    app_users: Mapping[int, str] = field(default_factory=dict)
+    socket_users: frozenset[int] | None = None
 
     def missing(self, name: str = "") -> str | None:
         """Return why nothing can be forwarded to the upstream of that name; None when it can."""
@@ -102,8 +115,11 @@ def load(
     faults: list[str] = []
     values: dict[str, Any] = {}
     tables = {} if file is None else _sections(_parse(file))
-    names = sorted({*_named_in_file(file, tables, faults), *_named_in_environ(environ)})
-    keys = keys_with(names)
+    names, apps = (
+        sorted({*_named_in_file(family, file, tables, faults), *_named_in_environ(family, environ)})
+        for family in (UPSTREAMS, APPS)
+    )
+    keys = keys_with(names, apps)
     origins = dict.fromkeys(keys, "default")
     for given in [*_from_file(file, tables, keys, faults), *_from_environ(environ, keys, faults)]:
         key = given.key
@@ -113,19 +129,26 @@ def load(
             faults.append(f"{given.where} = {shown(key, given.raw)}: {exc}")
         origins[key.dotted] = given.origin
     claims, _ = _app_keys(values, names)
+    users, _ = _app_users(values, apps)
     faults.extend(
         f"{file or 'environment'}: {fault}"
-        for fault in (*_contradictions(values, origins, names), *_disputes(claims))
+        for fault in (
+            *_contradictions(values, origins, names),
+            *_disputes(claims),
+            *_user_disputes(users),
+        )
     )
     if faults:
         raise ConfigError("\n".join(faults))
-    return _settled(values, origins, environ, file, names)
+    return _settled(values, origins, environ, file, names, apps)
 
 
 def refresh(loaded: Loaded, environ: Mapping[str, str]) -> Loaded:
     """Return *loaded* with the files beside the configuration read anew; itself it is not."""
-    names = sorted(loaded.settings.upstreams)
-    values = {key.dotted: _value_of(loaded.settings, key) for key in keys_with(names).values()}
+    names, apps = sorted(loaded.settings.upstreams), sorted(loaded.settings.apps)
+    values = {
+        key.dotted: _value_of(loaded.settings, key) for key in keys_with(names, apps).values()
+    }
     origins = dict(loaded.origins)
     for name in ("", *names):
         dotted = f"{_section(name)}.write_key"
@@ -135,7 +158,7 @@ def refresh(loaded: Loaded, environ: Mapping[str, str]) -> Loaded:
     own = tuple(f"{_section(name)}.write_key:" for name in ("", *names))
     lasting = tuple(problem for problem in loaded.problems if problem.startswith(own))
     told = {problem.partition(":")[0] for problem in lasting}
-    settled = _settled(values, origins, environ, loaded.file, names, told=told)
+    settled = _settled(values, origins, environ, loaded.file, names, apps, told=told)
     return replace(settled, problems=(*lasting, *settled.problems))
 
 
@@ -159,6 +182,7 @@ def _settled(
     environ: Mapping[str, str],
     file: Path | None,
     names: Sequence[str],
+    apps: Sequence[str],
     *,
     told: Collection[str] = (),
 ) -> Loaded:
@@ -167,21 +191,26 @@ def _settled(
     The keys *told* are known to be none, and nothing stands in for them.
     """
     claims, unread = _app_keys(values, names)
-    problems = list(unread)
+    users, strangers = _app_users(values, apps)
+    socket_users, unknown = _uids("ingest.unix_socket_users", values)
+    problems = [*unread, *strangers, *unknown]
     for name in ("", *names):
         if f"{_section(name)}.write_key" not in told:
             problems += _settle_key(name, values, origins, environ, file)
         problems += _file_problems(_section(name), values)
-    problems += _near(environ, keys_with(names))
+    problems += _near(environ, keys_with(names, apps))
     if values.get("outbox.path", Path()) == Path():
         values["outbox.path"], origins["outbox.path"] = _outbox_path(environ, file)
     return Loaded(
-        settings=_build(values, names),
+        settings=_build(values, names, apps),
         file=file,
         origins=origins,
         problems=tuple(problems),
         app_keys={digest: claimants[0] for digest, claimants in claims.items()},
         unknown_app_keys=next(iter(unread), ""),
+        app_users={uid: claimants[0] for uid, claimants in users.items()},
+        # None of those that were named is none, and not everyone.
+        socket_users=frozenset(socket_users) if values.get("ingest.unix_socket_users") else None,
     )
 
 
@@ -193,17 +222,18 @@ def effective(loaded: Loaded) -> list[Effective]:
             value=toml(_value_of(loaded.settings, key)),
             origin=loaded.origins[key.dotted],
         )
-        for key in keys_with(loaded.settings.upstreams).values()
+        for key in keys_with(loaded.settings.upstreams, loaded.settings.apps).values()
     ]
 
 
 def _value_of(settings: Settings, key: Key) -> object:
     section, _, name = key.section.partition(".")
-    table = settings.upstreams[name] if name else getattr(settings, section)
+    table = getattr(settings, section)
+    table = table[name] if name else table
     return getattr(table, key.name)
 
 
-def _build(values: Mapping[str, Any], names: Sequence[str]) -> Settings:
+def _build(values: Mapping[str, Any], names: Sequence[str], apps: Sequence[str]) -> Settings:
     def given(section: str) -> dict[str, Any]:
         start = f"{section}."
         return {
@@ -214,7 +244,8 @@ def _build(values: Mapping[str, Any], names: Sequence[str]) -> Settings:
 
     sections = {section: struct(**given(section)) for section, struct in STRUCTS.items()}
     upstreams = {name: NamedUpstream(**given(_section(name))) for name in names}
-    return Settings(**sections, upstreams=upstreams)
+    named_apps = {name: AppSettings(**given(f"{APPS}.{name}")) for name in apps}
+    return Settings(**sections, upstreams=upstreams, apps=named_apps)
 
 
 def _section(name: str) -> str:
@@ -253,24 +284,32 @@ def _first(candidates: Sequence[Path]) -> Path | None:
 
 def _sections(tables: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tables of a file by the names that stand in brackets above them."""
-    upstreams = tables.get(UPSTREAMS)
-    if not isinstance(upstreams, dict):
-        return dict(tables)
-    named = {f"{UPSTREAMS}.{name}": table for name, table in upstreams.items()}
-    return {name: table for name, table in tables.items() if name != UPSTREAMS} | named
+    sections = dict(tables)
+    for family in (UPSTREAMS, APPS):
+        if isinstance(sections.get(family), dict):
+            named = sections.pop(family)
+            sections |= {f"{family}.{name}": table for name, table in named.items()}
+    return sections
 
 
-def _named_in_file(file: Path | None, tables: dict[str, Any], faults: list[str]) -> Iterator[str]:
-    """Yield the names of upstreams; sections that cannot be one are taken out of *tables*."""
-    for section in [section for section in tables if section.startswith(f"{UPSTREAMS}.")]:
-        name = section.removeprefix(f"{UPSTREAMS}.")
+_FAMILIES = {UPSTREAMS: (UPSTREAM_NAME, "an upstream"), APPS: (APP_NAME, "an app")}
+"""Sections of which there is one for each name: what that may be, and of what."""
+
+
+def _named_in_file(
+    family: str, file: Path | None, tables: dict[str, Any], faults: list[str]
+) -> Iterator[str]:
+    """Yield the names of a *family*; sections that cannot be one are taken out of *tables*."""
+    pattern, what = _FAMILIES[family]
+    for section in [section for section in tables if section.startswith(f"{family}.")]:
+        name = section.removeprefix(f"{family}.")
         if not isinstance(tables[section], dict):
-            why = f"[{UPSTREAMS}] {bare(name)}: write [{UPSTREAMS}.NAME] above it"
-        elif name == DEFAULT_UPSTREAM:
+            why = f"[{family}] {bare(name)}: write [{family}.NAME] above it"
+        elif family == UPSTREAMS and name == DEFAULT_UPSTREAM:
             why = f"[{section}]: so the one of [upstream] is called: choose another name"
-        elif not re.fullmatch(UPSTREAM_NAME, name):
+        elif not re.fullmatch(pattern, name):
             why = (
-                f"[{UPSTREAMS}.{bare(name)}]: the name of an upstream has lower-case letters, digits"
+                f"[{family}.{bare(name)}]: the name of {what} has lower-case letters, digits"
                 " and single dashes between them, 32 at most"
             )
         else:
@@ -280,11 +319,12 @@ def _named_in_file(file: Path | None, tables: dict[str, Any], faults: list[str])
         del tables[section]
 
 
-def _named_in_environ(environ: Mapping[str, str]) -> Iterator[str]:
+def _named_in_environ(family: str, environ: Mapping[str, str]) -> Iterator[str]:
+    pattern, _ = _FAMILIES[family]
     for variable in environ:
-        found = re.fullmatch(rf"{PREFIX}{UPSTREAMS.upper()}__([A-Z0-9_]+?)__[A-Z0-9_]+", variable)
+        found = re.fullmatch(rf"{PREFIX}{family.upper()}__([A-Z0-9_]+?)__[A-Z0-9_]+", variable)
         name = found[1].lower().replace("_", "-") if found else ""
-        if re.fullmatch(UPSTREAM_NAME, name) and name != DEFAULT_UPSTREAM:
+        if re.fullmatch(pattern, name) and (family, name) != (UPSTREAMS, DEFAULT_UPSTREAM):
             yield name
 
 
@@ -360,6 +400,8 @@ def _untext(key: Key, text: str) -> object:
     """Return what TOML would have given for *text*, so that both are decoded alike."""
     if get_origin(key.base) is tuple:
         return [entry for part in text.split(",") if (entry := part.strip())]
+    if key.base is bool and text.strip().lower() in {"true", "false"}:
+        return text.strip().lower() == "true"
     if key.base is int and re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII):
         return int(text)
     return text
@@ -369,9 +411,11 @@ def _unknown_section(section: str) -> str:
     home = next((key for key in KEYS.values() if key.name == section), None)
     if home is not None:
         return f"{section} stands in no section: put it beneath [{home.section}]"
-    if section == UPSTREAMS:
-        return f"{UPSTREAMS} has a section for each name: write [{UPSTREAMS}.NAME], and its keys beneath"
-    return f"[{bare(section)}]: unknown section; {_nearest(section, [*STRUCTS, UPSTREAMS])}"
+    if section in _FAMILIES:
+        return (
+            f"{section} has a section for each name: write [{section}.NAME], and its keys beneath"
+        )
+    return f"[{bare(section)}]: unknown section; {_nearest(section, [*STRUCTS, *_FAMILIES])}"
 
 
 def _unknown_key(section: str, name: str, keys: Mapping[str, Key]) -> str:
@@ -481,7 +525,43 @@ def _disputes(claims: Mapping[str, Sequence[str]]) -> Iterator[str]:
             )
 
 
+def _user_disputes(claims: Mapping[int, Sequence[str]]) -> Iterator[str]:
+    for uid, claimants in claims.items():
+        if len(claimants) > 1:
+            first, second, *_ = claimants
+            yield (
+                f"[{APPS}.{first}] and [{APPS}.{second}] claim the same user (number {uid}): leave"
+                " it to one of them"
+            )
+
+
 # --- what lies outside the file ---
+
+
+def _app_users(
+    values: Mapping[str, Any], apps: Sequence[str]
+) -> tuple[dict[int, list[str]], list[str]]:
+    """Return the users with the apps that claim each, and those that this machine does not have."""
+    claims: dict[int, list[str]] = {}
+    problems: list[str] = []
+    for name in apps:
+        uids, strangers = _uids(f"{APPS}.{name}.users", values)
+        problems += strangers
+        for uid in sorted(uids):
+            claims.setdefault(uid, []).append(name)
+    return claims, problems
+
+
+def _uids(dotted: str, values: Mapping[str, Any]) -> tuple[set[int], list[str]]:
+    """Return the numbers of the users that a key names, and a problem for each that is unknown."""
+    uids: set[int] = set()
+    problems: list[str] = []
+    for user in values.get(dotted, ()):
+        try:
+            uids.add(int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid)
+        except KeyError:
+            problems.append(f"{dotted}: this machine has no user {bare(user)}; until then, nobody")
+    return uids, problems
 
 
 def _app_keys(

@@ -43,6 +43,7 @@ from agent.forward.plan import Plan
 from agent.forward.succession import Succession, succession
 from agent.forward.tally import open_tally
 from agent.forward.upstream import Target, tls_fault
+from agent.ingest.callers import Callers
 from agent.ingest.destinations import Destinations
 from agent.ingest.guard import Guard
 from agent.ingest.routes import Mount, Routes
@@ -127,7 +128,7 @@ async def run(
             forwarders=forwarders,
             upstreams=upstreams,
             control=control,
-            guard=_guard(settings),
+            guard=_guard(loaded),
             routes=_routes(loaded, writer, clock, control),
             app_keys=loaded.app_keys,
         )
@@ -185,8 +186,9 @@ class _Parts:
         self.settings = settings = loaded.settings
         self.log_as(settings)  # first: it masks the new key
         self.writer.adopt(_policy(settings))
-        self.guard.adopt(_guard(settings))
+        self.guard.adopt(_guard(loaded))
         self.routes.terms = _terms(settings)
+        self.routes.callers = _callers(loaded)
         self.routes.destinations = _destinations(loaded, self.forwarders, self.app_keys)
         self.app_keys = loaded.app_keys
         self.control.adopt(
@@ -234,6 +236,8 @@ def _policy(settings: Settings) -> Policy:
         max_bytes=int(settings.outbox.max_size),
         evicts=settings.outbox.when_full == "drop_oldest",
         remember=settings.outbox.delivered_retention > 0,
+        quota=settings.outbox.max_size_per_app,
+        quotas=settings.quotas,
     )
 
 
@@ -288,6 +292,7 @@ def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> R
         writer,
         clock,
         terms=_terms(loaded.settings),
+        callers=_callers(loaded),
         destinations=_destinations(loaded, ("", *loaded.settings.upstreams), {}),
         mounts=(
             Mount(PREFIX, control.answer),
@@ -313,12 +318,17 @@ def _destinations(
     return Destinations(names, {**left, **loaded.app_keys}, loaded.unknown_app_keys)
 
 
-def _guard(settings: Settings) -> Guard:
-    ingest = settings.ingest
+def _callers(loaded: Loaded) -> Callers:
+    return Callers(users=loaded.app_users, require_token=loaded.settings.ingest.require_token)
+
+
+def _guard(loaded: Loaded) -> Guard:
+    ingest = loaded.settings.ingest
     return Guard(
         allowed_hosts=frozenset(ingest.allowed_hosts),
         allowed_origins=frozenset(ingest.allowed_origins),
         max_body_bytes=ingest.max_body,
+        socket_users=loaded.socket_users,
     )
 
 
@@ -332,6 +342,7 @@ def _serving(
         host=ingest.host,
         port=ingest.port,
         unix_socket=ingest.unix_socket,
+        unix_socket_mode=int(ingest.unix_socket_mode, 8),
         inherited=inherited_sockets(environ, os.getpid()),
     )
 

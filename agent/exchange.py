@@ -21,7 +21,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """A request whose body was read whole.
 
     *path* is percent-decoded. The names in *headers* are in lower case; the values of a repeated
-    one are joined by commas. A HEAD comes as the GET that it stands for.
+    one are joined by commas. A HEAD comes as the GET that it stands for. *peer* is the number of the
+    user at the other end of a Unix socket, None over TCP.
     """
 
     method: str
@@ -29,6 +30,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     query: Mapping[str, str]
     headers: Mapping[str, str]
     body: bytes
+    peer: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
-from agent.settings import Help, NamedUpstream, Settings
+from agent.settings import AppSettings, Help, NamedUpstream, Settings
 from agent.units import (
     MASK,
     Bytes,
@@ -67,6 +67,8 @@ class Key:
         if get_origin(self.base) is Literal:
             *others, last = map(toml, get_args(self.base))
             return f"{', '.join(others)} or {last}" if others else last
+        if self.base is bool:
+            return "true or false"
         if self.help.low is None or self.help.high is None:
             return self.help.allowed or "a path"
         kind = {int: "a whole number", Seconds: "a duration", Bytes: "a size"}[self.base]
@@ -89,20 +91,25 @@ _HELP = {
 UPSTREAMS = "upstreams"
 """Holds a section for each named upstream: their keys are in no table before their names are known."""
 
+APPS = "apps"
+"""The same of apps."""
+
 STRUCTS = {
     section.name: get_args(section.type)[0]
     for section in msgspec.structs.fields(Settings)
-    if section.name != UPSTREAMS
+    if section.name not in {UPSTREAMS, APPS}
 }
 KEYS = {
     key.dotted: key for section, struct in STRUCTS.items() for key in _declared(section, struct)
 }
 
 
-def keys_with(names: Iterable[str]) -> dict[str, Key]:
-    """Return the table with the keys of the upstreams of these *names* in it."""
-    sections = [f"{UPSTREAMS}.{name}" for name in names]
-    named = [key for section in sections for key in _declared(section, NamedUpstream)]
+def keys_with(names: Iterable[str], apps: Iterable[str] = ()) -> dict[str, Key]:
+    """Return the table with the keys of the upstreams of these *names* in it, and of *apps*."""
+    named = [
+        *(key for name in names for key in _declared(f"{UPSTREAMS}.{name}", NamedUpstream)),
+        *(key for name in apps for key in _declared(f"{APPS}.{name}", AppSettings)),
+    ]
     return KEYS | {key.dotted: key for key in named}
 
 
@@ -121,6 +128,7 @@ def example() -> str:
             lines += ["", "", f"[{section}]", *_comment(_HELP[section])]
         text = f"{key.help.text} Allowed: {key.allowed}."
         lines += ["", *_comment(text), f"#{key.name} = {toml(key.default)}"]
+    lines += _apps()
     return "\n".join(lines) + "\n"
 
 
@@ -132,6 +140,19 @@ def _named_upstreams() -> Iterator[str]:
             yield "#"
             yield from _comment(f"{key.name}: {key.help.text} Allowed: {key.allowed}.")
 
+
+def _apps() -> Iterator[str]:
+    """The same of apps."""
+    yield from ("", "", *_EXAMPLE_APP.splitlines(), "#", *_comment(_HELP[APPS]))
+    for key in _declared(APPS, AppSettings):
+        yield "#"
+        yield from _comment(f"{key.name}: {key.help.text} Allowed: {key.allowed}.")
+
+
+_EXAMPLE_APP = """\
+# [apps.pos]
+# users = ["pos"]
+# max_size = "100MiB\""""
 
 _EXAMPLE_UPSTREAM = """\
 # [upstreams.crm]
@@ -175,6 +196,8 @@ def toml(value: object) -> str:
     match value:
         case Seconds() | Bytes():
             return f'"{value.text}"'
+        case bool():
+            return str(value).lower()
         case int():
             return str(value)
         case tuple():

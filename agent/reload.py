@@ -19,7 +19,14 @@ import msgspec
 from agent.settings import NamedUpstream, Settings
 
 AT_START = frozenset(
-    {"ingest.host", "ingest.port", "ingest.unix_socket", "outbox.path", "log.format"}
+    {
+        "ingest.host",
+        "ingest.port",
+        "ingest.unix_socket",
+        "ingest.unix_socket_mode",
+        "outbox.path",
+        "log.format",
+    }
 )
 """What is bound, opened or begun once: listening sockets, the database, the form of the log. So is
 which upstreams there are."""
@@ -60,6 +67,11 @@ def decide(old: Settings, new: Settings, problems: Sequence[str]) -> Takeover | 
         changed=(
             *(key for key in differing if key not in AT_START),
             *(f"upstreams.{name}" for name in kept if kept[name] != old.upstreams[name]),
+            *(
+                f"apps.{name}"
+                for name in sorted(old.apps | new.apps)
+                if old.apps.get(name) != new.apps.get(name)
+            ),
         ),
         postponed=(
             *(key for key in differing if key in AT_START),
@@ -82,7 +94,7 @@ def _keeping(old: Settings, new: Settings) -> Settings:
             if owner == section.name and _dotted(owner, key) in AT_START
         }
         sections[section.name] = msgspec.structs.replace(getattr(new, section.name), **kept)
-    return Settings(**sections, upstreams=_kept_upstreams(old, new))
+    return Settings(**sections, upstreams=_kept_upstreams(old, new), apps=new.apps)
 
 
 def _kept_upstreams(old: Settings, new: Settings) -> dict[str, NamedUpstream]:
@@ -103,7 +115,11 @@ def _keys() -> Iterator[tuple[str, str]]:
 
 
 def _sections() -> Iterator[Any]:
-    return (it for it in msgspec.structs.fields(Settings) if it.name != "upstreams")
+    return (it for it in msgspec.structs.fields(Settings) if it.name not in _NAMED)
+
+
+_NAMED = frozenset({"upstreams", "apps"})
+"""Of these there is a section for each name."""
 
 
 def _dotted(section: str, key: str) -> str:

@@ -21,6 +21,7 @@ from agent.units import (
     ProxyUrl,
     Seconds,
     WriteKey,
+    file_mode,
     host_names,
     http_proxy,
     loopback,
@@ -28,6 +29,7 @@ from agent.units import (
     sha256_digests,
     socket_path,
     time_windows,
+    user_names,
     web_origins,
 )
 
@@ -36,6 +38,8 @@ DEFAULT_UPSTREAM = "default"
 
 UPSTREAM_NAME = r"(?=.{1,32}\Z)[a-z0-9]+(?:-[a-z0-9]+)*"
 """What a named upstream may be called: it is a part of paths, of variables and of file names."""
+
+APP_NAME = UPSTREAM_NAME
 
 _CENTURY_S = 36_500 * 86_400.0
 """The longest duration where no other limit makes sense: beyond it a slip, and instants overflow."""
@@ -107,12 +111,38 @@ class Ingest(msgspec.Struct, frozen=True, kw_only=True):
     unix_socket: Annotated[
         str,
         Help(
-            "Listen on this Unix socket too; the permissions of its folder decide who may post. Empty"
-            ' for none. Under systemd "/run/tranthor-agent/ingest.sock" is a good place.',
+            "Listen on this Unix socket too; its mode, its folder's and unix_socket_users decide who"
+            ' may post there. Empty for none. Under systemd "/run/tranthor-agent/ingest.sock" is a'
+            " good place.",
             allowed="a path that begins with /",
             check=socket_path,
         ),
     ] = ""
+    unix_socket_mode: Annotated[
+        str,
+        Help(
+            'The mode of that socket: "0660" lets the agent\'s user and group connect, "0666" every'
+            " user who may enter its folder.",
+            allowed='an octal mode in quotes, such as "0660"',
+            check=file_mode,
+        ),
+    ] = "0660"
+    unix_socket_users: Annotated[
+        tuple[str, ...],
+        Help(
+            "Users, by name or number, who alone may post on that socket; the kernel says who is at"
+            " the other end. Empty for everyone whom its mode lets.",
+            allowed="a list of users of this machine",
+            check=user_names,
+        ),
+    ] = ()
+    require_token: Annotated[
+        bool,
+        Help(
+            "Take events only from apps that are known: by a token (tranthor-agent app add NAME), or"
+            " on the Unix socket by the users of [apps.NAME]. All others are answered 401.",
+        ),
+    ] = False
 
 
 class Outbox(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,6 +173,17 @@ class Outbox(msgspec.Struct, frozen=True, kw_only=True):
             " for apps that cannot wait and data where the latest matters most.",
         ),
     ] = "reject"
+    max_size_per_app: Annotated[
+        Bytes | None,
+        Help(
+            "How much of max_size one app may take, with what waits and with its dead letters, so that one"
+            " that runs wild leaves room for the others. Over it that app is answered 507, also where"
+            ' when_full is "drop_oldest". Empty for no limit; max_size of [apps.NAME] counts before'
+            " it. It is for apps that are known, by a token or as a user.",
+            low=MiB,
+            high=16_384 * GiB,
+        ),
+    ] = None
     max_age: Annotated[
         Seconds | None,
         Help(
@@ -395,6 +436,26 @@ class Forward(msgspec.Struct, frozen=True, kw_only=True):
     ] = Seconds(60)
 
 
+class AppSettings(msgspec.Struct, frozen=True, kw_only=True):
+    users: Annotated[
+        tuple[str, ...],
+        Help(
+            "Users, by name or number, whose events on the Unix socket come from this app, without a"
+            " token.",
+            allowed="a list of users of this machine",
+            check=user_names,
+        ),
+    ] = ()
+    max_size: Annotated[
+        Bytes | None,
+        Help(
+            "How much of outbox.max_size this app may take, in place of outbox.max_size_per_app.",
+            low=MiB,
+            high=16_384 * GiB,
+        ),
+    ] = None
+
+
 class Log(msgspec.Struct, frozen=True, kw_only=True):
     level: Annotated[
         Literal["debug", "info", "warning", "error"],
@@ -412,7 +473,7 @@ class Log(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that can be configured, decoded. `Settings()` is the defaults.
 
-    *upstreams* are the tables [upstreams.NAME], by name.
+    *upstreams* are the tables [upstreams.NAME] by name, *apps* those of [apps.NAME].
     """
 
     ingest: Annotated[Ingest, Help("Where apps on this machine hand in their events.")] = Ingest()
@@ -430,6 +491,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             " credential its own key is write_key.crm. outbox.max_size is for all of them together."
         ),
     ] = msgspec.field(default_factory=dict)
+
+    apps: Annotated[
+        dict[str, AppSettings],
+        Help(
+            "What is special about one app, a section for each. It need not stand here: an app is known"
+            " by a token, which `tranthor-agent app add NAME` gives out, or by its users. The name is"
+            " in lower-case letters, digits and dashes, up to 32; status and receipts show it."
+        ),
+    ] = msgspec.field(default_factory=dict)
+
+    @property
+    def quotas(self) -> dict[str, int]:
+        """How many bytes some apps may take; outbox.max_size_per_app is for the others."""
+        return {name: app.max_size for name, app in self.apps.items() if app.max_size is not None}
 
     def upstream_of(self, name: str) -> Upstream:
         """Return the section of one upstream; that without a name is the default one."""

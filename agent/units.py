@@ -175,6 +175,22 @@ def app_keys(authorization: str) -> list[str]:
     return found
 
 
+TOKEN_PREFIX = "tat_"  # noqa: S105  # what every token has in common
+"""Begins every app's token, so that it is told from a write key, and found where it leaked."""
+
+
+def app_token(authorization: str) -> str | None:
+    """Return the app's token in a value of Authorization, however an app sends it."""
+    return next((key for key in app_keys(authorization) if key.startswith(TOKEN_PREFIX)), None)
+
+
+def token_digest(token: str) -> bytes:
+    """Return what is kept of a token. It is 256 random bits: no guess comes near, so no salt is
+    needed, nor a digest that takes long.
+    """
+    return sha256(token.encode()).digest()
+
+
 def key_digest(key: str) -> str:
     """Return what stands for a key where the key itself may not: its SHA-256 in hex."""
     return sha256(key.encode()).hexdigest()
@@ -296,6 +312,20 @@ def socket_path(path: str) -> str:
     if len(fsencode(path)) > _SOCKET_PATH_BYTES:
         raise ValueError(f"the path of a socket has at most {_SOCKET_PATH_BYTES} bytes: shorten it")
     return path
+
+
+def file_mode(text: str) -> str:
+    found = re.fullmatch(r"(?:0o?)?([0-7]{3})", text, re.ASCII)
+    if found is None:
+        raise ValueError('expected an octal mode of three digits, such as "0660"')
+    return f"0{found[1]}"
+
+
+def user_names(users: tuple[str, ...]) -> tuple[str, ...]:
+    for user in users:
+        if not re.fullmatch(r"[^\s:/,-][^\s:/,]{0,255}", user):
+            raise ValueError(f"{json.dumps(user)} is no name of a user, and no number of one")
+    return users
 
 
 def sha256_digests(digests: tuple[str, ...]) -> tuple[str, ...]:

@@ -446,7 +446,7 @@ async def test_a_path_of_a_dead_agent_is_taken_over_and_of_a_living_one_not(tmp_
 async def test_a_path_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "agent.sock"
     path.write_text("precious")
-    with pytest.raises(AgentError, match="already in use"):
+    with pytest.raises(AgentError, match="something else is there"):
         async with serving(GUARD, echo, host="127.0.0.1", port=0, unix_socket=str(path)):
             pass
     assert path.read_text() == "precious"

@@ -53,7 +53,13 @@ def test_what_may_change_is_taken_over_and_named_without_its_value() -> None:
 def test_what_only_a_start_can_change_stays_and_is_named() -> None:
     new = Settings(
         upstream=ABLE.upstream,
-        ingest=Ingest(host="::1", port=1, unix_socket="/run/a.sock", max_body=Bytes(2048)),
+        ingest=Ingest(
+            host="::1",
+            port=1,
+            unix_socket="/run/a.sock",
+            unix_socket_mode="0600",
+            max_body=Bytes(2048),
+        ),
         outbox=Outbox(path=Path("/elsewhere.db")),
         log=Log(format="json"),
     )

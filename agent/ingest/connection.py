@@ -26,6 +26,7 @@ import structlog
 from agent.exchange import STORED, Answer, Request, refuse
 from agent.ingest.guard import Guard
 from agent.ingest.reply import Handler, Later
+from agent.ingest.sockets import user_at
 from agent.ingest.wire import BODY, HEAD, PLAIN, STORED_PLAIN, Reader, Reading
 
 log = structlog.get_logger()
@@ -69,8 +70,10 @@ class Shared:
 class Connection(asyncio.Protocol):
     """Answers the requests of one client one by one, in their order."""
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Shared, *, local: bool = False) -> None:
+        """*local*: over a Unix socket, whose other end the kernel names."""
         self._shared = shared
+        self._local = local
         self._handler = shared.handler
         self._now_s = shared.loop.time
         self._reader = Reader(shared.guard, shared.reading)
@@ -88,6 +91,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self._shared.connections.add(self)
+        if self._local:
+            self._reader.peer = user_at(transport.get_extra_info("socket"))
         if self._shared.stopping:  # accepted a moment before
             self._transport.abort()
 

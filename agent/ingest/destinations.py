@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from agent.exchange import Answer, Request, refuse
 from agent.outbox.records import label, unlabel
-from agent.units import app_keys, key_digest
+from agent.units import app_keys, app_token, key_digest
 
 PREFIX = "/w/"
 """In front of the usual path: /w/NAME/api/public/apps/track."""
@@ -62,7 +62,8 @@ class Destinations:
         """Return the upstream that claims the key in *request*; the default one where none does."""
         if not self._digests and not self._unknown:
             return ""
-        sent = app_keys(request.headers.get("authorization", ""))
+        authorization = request.headers.get("authorization", "")
+        sent = [] if app_token(authorization) else app_keys(authorization)
         for digest in map(key_digest, sent):
             # All are compared, each in constant time: how long it takes tells nothing of them.
             found = [

@@ -29,7 +29,8 @@ _PREFLIGHT_AGE_S = "600"
 
 @dataclass(slots=True, kw_only=True)
 class Guard:
-    """What the operator allows. *allowed_hosts* are names beside the loopback ones, without port.
+    """What the operator allows. *allowed_hosts* are names beside the loopback ones, without port;
+    *socket_users* who may use the Unix socket, None: whoever can open it.
 
     All connections share it, so that what the daemon changes here counts for the next request.
     """
@@ -37,12 +38,14 @@ class Guard:
     allowed_hosts: frozenset[str]
     allowed_origins: frozenset[str]
     max_body_bytes: int
+    socket_users: frozenset[int] | None = None
 
     def adopt(self, other: Guard) -> None:
         """Allow what *other* allows."""
         self.allowed_hosts = other.allowed_hosts
         self.allowed_origins = other.allowed_origins
         self.max_body_bytes = other.max_body_bytes
+        self.socket_users = other.socket_users
 
     def judge(self, headers: Mapping[str, str], path: str) -> Answer | None:
         """Return the refusal that the head has earned; None if the body may be read."""
@@ -50,6 +53,15 @@ class Guard:
             self._judge_host(headers)
             or self._judge_origin(headers, path)
             or self._judge_body(headers)
+        )
+
+    def judge_peer(self, peer: int | None) -> Answer | None:
+        """Return the refusal of a user at the other end of a Unix socket, None over TCP; as `judge`."""
+        if peer is None or self.socket_users is None or peer in self.socket_users:
+            return None
+        return _forbid(
+            f"user {peer} may not use this socket; if it is an app's, add its user to"
+            " ingest.unix_socket_users"
         )
 
     def cors(self, headers: Mapping[str, str]) -> dict[str, str]:

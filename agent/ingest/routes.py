@@ -20,6 +20,7 @@ from agent.contract import PLAIN, Terms, read_event
 from agent.errors import InvalidEventError, OutboxError
 from agent.event import KINDS, Event, Kind
 from agent.exchange import REPLAYED, STORED, Answer, Request, refuse
+from agent.ingest.callers import Callers
 from agent.ingest.destinations import PREFIX, Destinations
 from agent.ingest.reply import Handler, Later, Reply
 from agent.ingest.turns import Turns
@@ -62,6 +63,7 @@ class Routes:
         terms: Terms = PLAIN,
         mounts: Iterable[Mount] = (),
         destinations: Destinations | None = None,
+        callers: Callers | None = None,
     ) -> None:
         self._writer = writer
         self._clock = clock
@@ -69,6 +71,7 @@ class Routes:
         """How bodies are read; they may change from one request to the next."""
         self._mounts = tuple(mounts)
         self.destinations = destinations or Destinations()
+        self.callers = callers or Callers()
         self._turns = Turns()
 
     def answer(self, request: Request) -> Reply:
@@ -97,6 +100,9 @@ class Routes:
 
     def _take(self, endpoint: Endpoint, request: Request, upstream: str | None) -> Reply:
         """Take events for the *upstream* that the path names; None: for the one that the key means."""
+        app = self.callers.app_of(request, self._writer.apps)
+        if isinstance(app, Answer):
+            return app
         content_type = request.headers.get("content-type", "")
         if content_type != _JSON and not _is_json(content_type):
             return refuse(
@@ -105,16 +111,16 @@ class Routes:
                 f"Content-Type: expected application/json, got {content_type[:100]!r}",
             )
         if endpoint == "batch":
-            return self._take_batch(request, upstream)
+            return self._take_batch(request, upstream, app)
         try:
             event = read_event(
                 endpoint, request.body, received_ms=self._clock.wall_ms(), terms=self.terms
             )
         except InvalidEventError as exc:
             return refuse(exc.status, exc.code, str(exc))
-        return self._append([event], request, upstream)
+        return self._append([event], request, upstream, app)
 
-    async def _take_batch(self, request: Request, upstream: str | None) -> Answer:
+    async def _take_batch(self, request: Request, upstream: str | None, app: str) -> Answer:
         """Take all events of a batch, or none of them."""
         try:
             events = await self._turns.read(
@@ -126,20 +132,22 @@ class Routes:
             return refuse_for(exc)
         if not events:
             return STORED
-        reply = self._append(events, request, upstream)
+        reply = self._append(events, request, upstream, app)
         if isinstance(reply, Answer):
             return reply
         await asyncio.wait([reply.future])
         return reply.answer(reply.future)
 
     def _append(
-        self, events: list[Event], request: Request, upstream: str | None
+        self, events: list[Event], request: Request, upstream: str | None, app: str
     ) -> Answer | Later[list[Appended]]:
         destination = self.destinations.of_key(request) if upstream is None else upstream
         if isinstance(destination, Answer):
             return destination
-        if destination:
-            events = [msgspec.structs.replace(event, upstream=destination) for event in events]
+        if destination or app:
+            events = [
+                msgspec.structs.replace(event, upstream=destination, app=app) for event in events
+            ]
         try:
             committed = self._writer.append(events)
         except OutboxError as exc:

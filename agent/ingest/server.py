@@ -9,6 +9,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 
 from agent.ingest.connection import Connection, Deadlines, Shared
 from agent.ingest.guard import Guard
@@ -27,6 +28,7 @@ async def serving(
     host: str,
     port: int,
     unix_socket: str = "",
+    unix_socket_mode: int = 0o660,
     inherited: Sequence[socket.socket] = (),
     deadlines: Deadlines | None = None,
 ) -> AsyncIterator[list[str]]:
@@ -40,7 +42,7 @@ async def serving(
     with ExitStack() as bound:
         sockets = [bound.enter_context(each) for each in inherited or bind_tcp(host, port)]
         if unix_socket:
-            sockets.append(bound.enter_context(bind_unix(unix_socket)))
+            sockets.append(bound.enter_context(bind_unix(unix_socket, unix_socket_mode)))
         async with asyncio.TaskGroup() as tasks:
             loop = asyncio.get_running_loop()
             shared = Shared(
@@ -52,7 +54,11 @@ async def serving(
             )
             looking = tasks.create_task(_look_after(shared))
             listeners = [
-                await loop.create_server(lambda: Connection(shared), sock=each, backlog=_BACKLOG)
+                await loop.create_server(
+                    partial(Connection, shared, local=each.family == socket.AF_UNIX),
+                    sock=each,
+                    backlog=_BACKLOG,
+                )
                 for each in sockets
             ]
             try:

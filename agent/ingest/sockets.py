@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from struct import Struct
 
 from agent.errors import AgentError
 
@@ -28,17 +31,32 @@ def bind_tcp(host: str, port: int) -> list[socket.socket]:
     return bound
 
 
-def bind_unix(path: str) -> socket.socket:
-    """Return a socket at *path*, where one left behind by a dead agent is replaced."""
+def bind_unix(path: str, mode: int) -> socket.socket:
+    """Return a socket at *path*, where one left behind by a dead agent is replaced.
+
+    It is never open to more than *mode* says, not even for a moment.
+    """
     bound = [socket.socket(socket.AF_UNIX)]
     with _explained(path, "set ingest.unix_socket to another path", bound):
-        _require_unused(path)
-        if Path(path).is_socket():
-            Path(path).unlink()
+        _clear(path)
+        # What bind() makes the file of, less the umask: unix(7) does not say so, Linux does it.
+        os.fchmod(bound[0].fileno(), mode)
         bound[0].bind(path)
-        # Whoever may enter its folder may post; the umask would have shut out the group.
-        Path(path).chmod(0o660)
+        Path(path).chmod(mode)  # with what the umask took
+        # Already here, so that another agent does not take it for that of a dead one.
+        bound[0].listen()
     return bound[0]
+
+
+def user_at(connected: socket.socket) -> int:
+    """Return the number of the user who connected a Unix socket. Source: unix(7), SO_PEERCRED."""
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    _, uid, _ = _UCRED.unpack(credentials)
+    return int(uid)
+
+
+_UCRED = Struct("iII")
+"""pid, uid, gid."""
 
 
 def shown(bound: socket.socket) -> str:
@@ -50,13 +68,29 @@ def shown(bound: socket.socket) -> str:
             return str(address)
 
 
-def _require_unused(path: str) -> None:
-    """Refuse the socket of a living agent, which binding would silently replace."""
+def _clear(path: str) -> None:
+    """Remove the socket of a dead agent from *path*; what is none, or in use, stays.
+
+    A living one would silently be replaced, and binding alone refuses both kinds alike.
+    """
+    try:
+        found = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found):
+        raise AgentError(
+            f"{path}: something else is there, and stays; move it, or set ingest.unix_socket to"
+            " another path"
+        )
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # one whose queue is full would keep us waiting
         try:
             probe.connect(path)
-        except OSError:
+        except ConnectionRefusedError:
+            Path(path).unlink()
             return
+        except BlockingIOError:
+            pass
     raise AgentError(f"{path}: another agent listens on it; set ingest.unix_socket to another path")
 
 

@@ -116,6 +116,8 @@ class Reader:
         self.stage = IDLE
         self.ready: deque[Exchange | bytes] = deque()
         """Bytes are to be sent as they are: an interim response."""
+        self.peer: int | None = None
+        """The user at the other end of a Unix socket."""
         self.body_bytes = 0
         self._guard = guard
         self._reading = reading
@@ -218,7 +220,7 @@ class Reader:
         # One reading of the target, for guard and routes: two could differ.
         target, _, self._query = self._target.decode("latin-1").partition("?")
         self._path = unquote(target)
-        refusal = self._guard.judge(headers, self._path)
+        refusal = self._guard.judge_peer(self.peer) or self._guard.judge(headers, self._path)
         if refusal is not None:
             raise _RefusedError(refusal)
         if not target.startswith("/") or method == "CONNECT" or b"#" in self._target:
@@ -297,6 +299,7 @@ class Reader:
             query=_first_of_each(self._query) if self._query else {},
             headers=headers,
             body=b"".join(self._chunks),
+            peer=self.peer,
         )
 
     def _forget_body(self) -> None:
