@@ -31,6 +31,7 @@ import structlog
 from agent import __version__
 from agent.clock import Clock, SystemClock
 from agent.config import Loaded, files_beside, refresh
+from agent.console.apps import quotas
 from agent.console.control import PREFIX, Control
 from agent.contract import Terms
 from agent.errors import OutboxError
@@ -120,6 +121,7 @@ async def run(
             clock=clock,
             urls=_urls(settings, forwarders),
             max_bytes=int(settings.outbox.max_size),
+            quotas=quotas(settings),
         )
         parts = _Parts(
             settings=settings,
@@ -192,7 +194,9 @@ class _Parts:
         self.routes.destinations = _destinations(loaded, self.forwarders, self.app_keys)
         self.app_keys = loaded.app_keys
         self.control.adopt(
-            urls=_urls(settings, self.forwarders), max_bytes=int(settings.outbox.max_size)
+            urls=_urls(settings, self.forwarders),
+            max_bytes=int(settings.outbox.max_size),
+            quotas=quotas(settings),
         )
         for name, forwarder in self.forwarders.items():
             await _redirect(forwarder, self.upstreams[name], settings, name, loaded.missing(name))
@@ -236,8 +240,7 @@ def _policy(settings: Settings) -> Policy:
         max_bytes=int(settings.outbox.max_size),
         evicts=settings.outbox.when_full == "drop_oldest",
         remember=settings.outbox.delivered_retention > 0,
-        quota=settings.outbox.max_size_per_app,
-        quotas=settings.quotas,
+        quotas=quotas(settings),
     )
 
 

@@ -501,10 +501,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = msgspec.field(default_factory=dict)
 
-    @property
-    def quotas(self) -> dict[str, int]:
-        """How many bytes some apps may take; outbox.max_size_per_app is for the others."""
-        return {name: app.max_size for name, app in self.apps.items() if app.max_size is not None}
+    def quota_of(self, app: str) -> int | None:
+        """Return how many bytes of the outbox one app may take; None: as many as there is room for."""
+        section = self.apps.get(app)
+        own = None if section is None else section.max_size
+        quota = self.outbox.max_size_per_app if own is None else own
+        return None if quota is None else int(quota)
 
     def upstream_of(self, name: str) -> Upstream:
         """Return the section of one upstream; that without a name is the default one."""

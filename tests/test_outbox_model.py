@@ -43,6 +43,7 @@ from agent.outbox.records import (
     Appended,
     Bury,
     Ledger,
+    Quotas,
     Reason,
     Receipt,
     Retry,
@@ -430,7 +431,7 @@ def _within_quotas(
         over = any(
             settled.held_bytes(app) + taken[app] + wanted[app] > quota
             for app in wanted
-            if app and (quota := policy.quota_of(app)) is not None
+            if app and (quota := policy.quotas.of(app)) is not None
         )
         known = all(event.message_id in settled.rows for event in events)
         verdicts.append(known or not over)
@@ -889,14 +890,19 @@ class RationingMachine(OutboxMachine):
     """Has room, but for one app only for the smallest events, and for the other for a few."""
 
     policy = Policy(
-        max_bytes=1 << 30, evicts=False, remember=True, quota=9_000, quotas={"pos": 1_500}
+        max_bytes=1 << 30,
+        evicts=False,
+        remember=True,
+        quotas=Quotas(named={"pos": 1_500}, other=9_000),
     )
 
 
 class RationingEvictingMachine(OutboxMachine):
     """Makes room for whom it lets in, and for nobody else."""
 
-    policy = Policy(max_bytes=60 * 1024, evicts=True, remember=False, quotas={"pos": 9_000})
+    policy = Policy(
+        max_bytes=60 * 1024, evicts=True, remember=False, quotas=Quotas(named={"pos": 9_000})
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import click
 from agent import __version__
 from agent.clock import SystemClock
 from agent.config import Loaded
+from agent.console.app_commands import app_group
 from agent.console.config_commands import config_group
 from agent.console.dead_commands import dead_group
 from agent.console.diagnosis import count
@@ -30,6 +31,7 @@ from agent.console.invocation import (
     settings_in_effect,
 )
 from agent.console.listing import (
+    app_option,
     json_option,
     limit_option,
     list_to_stdout,
@@ -101,6 +103,7 @@ async def _watch(loaded: Loaded, *, as_json: bool) -> None:
 @cli.command("list")
 @click.option("--state", type=click.Choice(get_args(State)), default="pending", show_default=True)
 @upstream_option
+@app_option
 @click.option("--event", help="Only events of this name.")
 @click.option("--user", help="Only events of this userId or anonymousId.")
 @click.option("--text", help="Only events with this text anywhere in their JSON.")
@@ -113,6 +116,7 @@ async def _watch(loaded: Loaded, *, as_json: bool) -> None:
 def list_events(
     state: State,
     upstream: str | None,
+    app: str | None,
     event: str | None,
     user: str | None,
     text: str | None,
@@ -130,6 +134,7 @@ def list_events(
     now_ms = SystemClock().wall_ms()
     selection = Selection(
         upstream=upstream,
+        app=app,
         event=event,
         user=user,
         text=text,
@@ -171,6 +176,7 @@ def show(ctx: click.Context, message_id: str, as_json: bool) -> None:
 
 
 cli.add_command(dead_group)
+cli.add_command(app_group)
 
 
 # --- steering ---

@@ -6,21 +6,23 @@ Plain requests in, plain answers out; `agent.daemon` mounts it on the listener, 
 from __future__ import annotations
 
 import asyncio
+import hmac
 from collections.abc import Mapping
 from typing import Annotated, Protocol
 
 import msgspec
 
 from agent.clock import Clock
-from agent.console import dead_letters
+from agent.console import apps, dead_letters
 from agent.console.receipts import view
 from agent.console.status import Flow, Standing, Status, collect
 from agent.errors import OutboxError
 from agent.exchange import Answer, Request, answer_json, refuse
 from agent.outbox.reader import Reader
-from agent.outbox.records import Selection, State, label, unlabel
+from agent.outbox.records import Quotas, Selection, State, label, unlabel
 from agent.outbox.refusals import RETRY_UNAVAILABLE_S, refuse_for
 from agent.outbox.writer import Writer
+from agent.settings import APP_NAME
 
 PREFIX = "/api/agent/"
 
@@ -55,6 +57,18 @@ class DeadRequest(Selection, frozen=True, kw_only=True):
     all: bool = False
 
 
+class OldToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
+    """The app whose token is to be revoked."""
+
+    name: Annotated[str, msgspec.Meta(pattern=rf"\A{APP_NAME}\Z")]
+
+
+class NewToken(OldToken, frozen=True, kw_only=True):
+    """A token for an app; its SHA-256 in hex, for itself is nobody else's business."""
+
+    token_sha256: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+
+
 class Control:
     """Answers for the daemon. `answer` never raises for a foreseen failure."""
 
@@ -67,6 +81,7 @@ class Control:
         clock: Clock,
         urls: Mapping[str, str],
         max_bytes: int,
+        quotas: Quotas,
     ) -> None:
         """*links* and *urls* are by the names of the upstreams."""
         self._reader = reader
@@ -75,14 +90,15 @@ class Control:
         self._clock = clock
         self._urls = urls
         self._max_bytes = max_bytes
+        self._quotas = quotas
         self.config_problem: str | None = None
         """Why a configuration read anew was refused; None while the last one is in force."""
         # One search at a time: others wait here, not in the reader's thread, where none can end.
         self._searching = asyncio.Lock()
 
-    def adopt(self, *, urls: Mapping[str, str], max_bytes: int) -> None:
+    def adopt(self, *, urls: Mapping[str, str], max_bytes: int, quotas: Quotas) -> None:
         """Tell these from now on."""
-        self._urls, self._max_bytes = urls, max_bytes
+        self._urls, self._max_bytes, self._quotas = urls, max_bytes, quotas
 
     async def answer(self, request: Request) -> Answer:
         """Answer one request below `PREFIX`."""
@@ -96,6 +112,8 @@ class Control:
             return refuse(404, "AGENT_UNKNOWN_UPSTREAM", str(exc))
         except OutboxError as exc:
             return refuse_for(exc)
+        except apps.AppTokenError as exc:
+            return refuse(409, "AGENT_APP_TOKEN", str(exc))
 
     async def health(self, request: Request) -> Answer:
         """GET /healthz: the process answers."""
@@ -143,6 +161,10 @@ class Control:
                 return await self._requeue(request)
             case "POST", "dead/discard":
                 return await self._discard(request)
+            case "GET", "apps":
+                return await self._apps()
+            case "POST", "apps/add" | "apps/revoke":
+                return await self._change_app(path, request)
             case _:
                 return _not_found(request)
 
@@ -189,6 +211,7 @@ class Control:
             full=self._writer.full,
             fault=self._writer.fault,
             config_problem=self.config_problem,
+            quotas=self._quotas,
         )
 
     async def _events(self, request: Request) -> Answer:
@@ -234,6 +257,36 @@ class Control:
             {"discarded": await dead_letters.discard(self._reader, self._writer, selection)}
         )
 
+    async def _change_app(self, path: str, request: Request) -> Answer:
+        if (refusal := self._refuse_stranger(request)) is not None:
+            return refusal
+        now_ms = self._clock.wall_ms()
+        if path == "apps/add":
+            new = msgspec.json.decode(request.body, type=NewToken)
+            await apps.add(self._writer, new.name, bytes.fromhex(new.token_sha256), now_ms=now_ms)
+        else:
+            old = msgspec.json.decode(request.body, type=OldToken)
+            await apps.revoke(self._writer, old.name, now_ms=now_ms)
+        return await self._apps()
+
+    async def _apps(self) -> Answer:
+        return answer_json({"apps": (await self.collected()).apps})
+
+    def _refuse_stranger(self, request: Request) -> Answer | None:
+        """Return the refusal of whoever may not read the files of the outbox.
+
+        Any program on the machine reaches us; if each could give itself a token, none would tell anything.
+        """
+        sent = request.headers.get("authorization", "")
+        if hmac.compare_digest(sent.encode(), f"Bearer {self._writer.operator_key}".encode()):
+            return None
+        return refuse(
+            401,
+            "AGENT_NOT_AN_OPERATOR",
+            "Authorization: tokens are given out and revoked by who may read the files of the outbox:"
+            " use `tranthor-agent app`, as the agent's user, a member of its group, or root",
+        )
+
 
 def _selected(request: Request) -> Selection | Answer:
     selection = msgspec.json.decode(request.body or b"{}", type=DeadRequest)
@@ -241,7 +294,7 @@ def _selected(request: Request) -> Selection | Answer:
         return refuse(
             400,
             "AGENT_BAD_REQUEST",
-            'say which dead letters: "messageIds", "upstream", "event", "user", "text", "reason",'
+            'say which dead letters: "messageIds", "upstream", "app", "event", "user", "text", "reason",'
             ' "acceptedBeforeMs", "acceptedAfterMs", or "all": true',
         )
     return selection

@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 import aiohttp
 import msgspec
 
+from agent.console.apps import AppStatus
 from agent.console.control import PREFIX
 from agent.console.status import Status
 from agent.errors import AgentError
@@ -53,6 +54,10 @@ class _Discarded(msgspec.Struct):
     discarded: int
 
 
+class _Apps(msgspec.Struct):
+    apps: list[AppStatus]
+
+
 class DaemonClient:
     """An open client. Each call raises `DaemonSilentError` or `DaemonRefusedError`."""
 
@@ -85,6 +90,15 @@ class DaemonClient:
         answer = await self._call("POST", path, answer=_Discarded, body=body, timeout_s=_BULK_S)
         return answer.discarded
 
+    async def add_app(self, name: str, token_digest: bytes, operator_key: str) -> None:
+        """Let *name* be known by the token of that digest."""
+        body = {"name": name, "tokenSha256": token_digest.hex()}
+        await self._call("POST", "apps/add", answer=_Apps, body=body, bearer=operator_key)
+
+    async def revoke_app(self, name: str, operator_key: str) -> None:
+        body = {"name": name}
+        await self._call("POST", "apps/revoke", answer=_Apps, body=body, bearer=operator_key)
+
     async def _call(
         self,
         method: str,
@@ -92,14 +106,18 @@ class DaemonClient:
         *,
         answer: type[_T],
         body: dict[str, Any] | None = None,
+        bearer: str = "",
         timeout_s: float = _CHANGE_S,
     ) -> _T:
+        headers = {"Content-Type": "application/json"}
+        if bearer:
+            headers["Authorization"] = f"Bearer {bearer}"
         try:
             async with self._session.request(
                 method,
                 f"{self.address}{PREFIX}{path}",
                 data=b"" if body is None else msgspec.json.encode(body),
-                headers={"Content-Type": "application/json"},
+                headers=headers,
                 timeout=aiohttp.ClientTimeout(total=timeout_s),
                 allow_redirects=False,
             ) as response:

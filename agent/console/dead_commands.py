@@ -14,7 +14,13 @@ import click
 from agent.config import Loaded
 from agent.console.diagnosis import count
 from agent.console.invocation import Group, complain, program, settings_in_effect
-from agent.console.listing import json_option, limit_option, list_to_stdout, upstream_option
+from agent.console.listing import (
+    app_option,
+    json_option,
+    limit_option,
+    list_to_stdout,
+    upstream_option,
+)
 from agent.outbox.records import Reason, Selection
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -37,6 +43,7 @@ def _conditions(command: _F) -> _F:
         click.option("--reason", type=click.Choice(get_args(Reason)), help="Why set aside."),
         click.option("--user", help="Only those of this userId or anonymousId."),
         click.option("--event", help="Only those of this event name."),
+        app_option,
         upstream_option,
     ):
         command = option(command)
@@ -55,6 +62,7 @@ def _selection(command: _F) -> _F:
 @json_option
 def list_dead(
     upstream: str | None,
+    app: str | None,
     event: str | None,
     user: str | None,
     reason: Reason | None,
@@ -63,7 +71,9 @@ def list_dead(
     as_json: bool,
 ) -> None:
     """List dead letters with the upstream's answers, oldest first."""
-    selection = Selection(upstream=upstream, event=event, user=user, reason=reason, text=text)
+    selection = Selection(
+        upstream=upstream, app=app, event=event, user=user, reason=reason, text=text
+    )
     list_to_stdout("dead", selection, limit=limit, as_json=as_json)
 
 
@@ -107,7 +117,7 @@ def _selected(ids: tuple[str, ...], *, everything: bool, **conditions: Any) -> S
         raise click.UsageError("--all stands alone: leave it out to select by id or condition")
     if not everything and selection == _NOTHING:
         raise click.UsageError(
-            "say which dead letters: ids, --upstream, --event, --user, --reason, --text, or --all"
+            "say which dead letters: ids, --upstream, --app, --event, --user, --reason, --text, or --all"
             f" ({program()} dead list shows them)"
         )
     return selection

@@ -176,6 +176,14 @@ def _left_over(status: Status, program: str) -> Iterator[Finding]:
             f"the outbox is nearly full ({outbox.bytes / outbox.max_bytes:.0%})",
             "let events be delivered, or raise outbox.max_size and reload the agent",
         )
+    for app in status.apps:
+        if app.max_bytes is not None and app.bytes > NEARLY_FULL * app.max_bytes:
+            yield Finding(
+                Level.GRAVE,
+                f"app {app.name} has used {app.bytes / app.max_bytes:.0%} of its quota",
+                "over it, it is answered 507 and others are not; let its events be delivered, look at"
+                f" them ({program} list --app {app.name}), or raise max_size of [apps.{app.name}]",
+            )
 
 
 def _salvaged(salvage: Salvage) -> Finding:

@@ -42,6 +42,12 @@ def upstream_option(command: _F) -> _F:
     )(command)
 
 
+def app_option(command: _F) -> _F:
+    return click.option("--app", metavar="NAME", help="Only those that came from this app.")(
+        command
+    )
+
+
 def limit_option(command: _F) -> _F:
     return click.option(
         "--limit",

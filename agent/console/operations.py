@@ -23,7 +23,9 @@ import msgspec
 from agent import __version__
 from agent.clock import SystemClock
 from agent.config import Loaded
+from agent.console import apps as console_apps
 from agent.console import dead_letters
+from agent.console.apps import AppStatus
 from agent.console.daemon_client import (
     DaemonClient,
     DaemonRefusedError,
@@ -100,6 +102,33 @@ async def discard(loaded: Loaded, selection: Selection) -> int:
         return sum([await hand.discard(part) for part in _parts(loaded, selection)])
 
 
+async def add_app(loaded: Loaded, name: str, token_digest: bytes) -> None:
+    """Let the app be known by the token of that digest, whether or not an agent runs."""
+    async with _at_hand(loaded, create=True) as hand:
+        await hand.add_app(name, token_digest, await _operator_key(loaded, hand))
+
+
+async def revoke_app(loaded: Loaded, name: str) -> None:
+    """Let the app's token be good for nothing."""
+    async with _at_hand(loaded) as hand:
+        await hand.revoke_app(name, await _operator_key(loaded, hand))
+
+
+async def apps(loaded: Loaded) -> list[AppStatus]:
+    """Return the apps that are known or configured. Raises `AgentError` if that cannot be read."""
+    report = await inspect(loaded)
+    if isinstance(report, Unreadable):
+        raise AgentError(report.reason)
+    return report.apps
+
+
+async def _operator_key(loaded: Loaded, hand: DaemonClient | _Alone) -> str:
+    """Return what shows the daemon that we may read its files; nobody else asks for it."""
+    if isinstance(hand, _Alone):
+        return ""
+    return lock.operator_key(await _outbox_path(loaded))
+
+
 async def dead_ids(loaded: Loaded, selection: Selection) -> tuple[str, ...]:
     """Return the ids of the dead letters that *selection* means."""
     pages = events(loaded, "dead", selection, limit=sys.maxsize)
@@ -135,14 +164,17 @@ async def receipts(loaded: Loaded, message_id: str) -> list[Receipt]:
 
 
 @asynccontextmanager
-async def _at_hand(loaded: Loaded) -> AsyncIterator[DaemonClient | _Alone]:
-    """Yield what can change the outbox: the daemon that answers, else a writer of our own."""
+async def _at_hand(loaded: Loaded, *, create: bool = False) -> AsyncIterator[DaemonClient | _Alone]:
+    """Yield what can change the outbox: the daemon that answers, else a writer of our own.
+
+    Where there is no outbox yet, *create* begins one.
+    """
     ingest, outbox = loaded.settings.ingest, loaded.settings.outbox
     async with open_client(ingest.host, ingest.port) as client:
         if await _answers(client, loaded):
             yield client
             return
-    if not _exists(outbox.path):
+    if not _exists(outbox.path) and not create:
         raise OutboxError(f"{_nothing_at(outbox.path)}; nothing to change")
     # What the writer has to say belongs to stderr; unconfigured, it would go to stdout.
     logs.configure("warning", "console", sys.stderr, logs.Redactor())
@@ -253,6 +285,15 @@ class _Alone:
     async def discard(self, selection: Selection) -> int:
         return await dead_letters.discard(self.reader, self.writer, selection)
 
+    async def add_app(self, name: str, token_digest: bytes, operator_key: str) -> None:
+        del operator_key  # whoever holds the lock needs none
+        now_ms = SystemClock().wall_ms()
+        await console_apps.add(self.writer, name, token_digest, now_ms=now_ms)
+
+    async def revoke_app(self, name: str, operator_key: str) -> None:
+        del operator_key
+        await console_apps.revoke(self.writer, name, now_ms=SystemClock().wall_ms())
+
 
 async def _from_file(loaded: Loaded, silence: str) -> Report:
     """Count what the file holds; *silence* says why it is not the daemon that tells."""
@@ -285,6 +326,7 @@ async def _count(reader: Reader, loaded: Loaded) -> Status:
             for name in ("", *loaded.settings.upstreams)
         },
         max_bytes=loaded.settings.outbox.max_size,
+        quotas=console_apps.quotas(loaded.settings),
     )
 
 
@@ -321,6 +363,7 @@ def _empty(loaded: Loaded) -> Status:
         ),
         upstream=loaded.settings.upstream.url or "",
         version=__version__,
+        apps=console_apps.overview((), console_apps.quotas(loaded.settings)),
     )
 
 

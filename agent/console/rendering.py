@@ -18,10 +18,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from agent.console.apps import AppStatus
 from agent.console.diagnosis import Level, count, duration, findings, level
 from agent.console.invocation import printable, printable_json
 from agent.console.receipts import view as event_view
-from agent.console.status import Report, Status, Unreadable
+from agent.console.status import NEARLY_FULL, Report, Status, Unreadable
 from agent.outbox.records import Receipt, State
 
 _PIPE_COLUMNS = 4096
@@ -93,6 +94,10 @@ def print_event(receipt: Receipt, program: str, *, now_ms: int) -> None:
     _console().print(Group(*parts))
 
 
+def print_apps(apps: Iterable[AppStatus]) -> None:
+    _console().print(_apps(apps))
+
+
 # --- a report ---
 
 
@@ -106,6 +111,8 @@ def _report(report: Report, program: str) -> RenderableType:
         return Group(*parts)
     if report.each:
         parts += ["", _upstreams(report)]
+    if report.apps:
+        parts += ["", _apps(report.apps)]
     return Group(*parts, "", _counters(report), "", _surroundings(report))
 
 
@@ -149,6 +156,28 @@ def _upstreams(status: Status) -> Table:
             if one.oldest_pending_age_s is None
             else f"oldest {duration(one.oldest_pending_age_s)}",
             Text(printable(one.reason or one.url), overflow="fold"),
+        )
+    return table
+
+
+def _apps(apps: Iterable[AppStatus]) -> Table:
+    """Return a line for each app: what the outbox holds of it and may, and how it is known."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("app", no_wrap=True)
+    for name in ("accepted", "pending", "dead", "holds", "of"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("token", style="dim")
+    for app in apps:
+        full = app.max_bytes is not None and app.bytes > NEARLY_FULL * app.max_bytes
+        since = "" if app.token_since is None else f" since {app.token_since}"
+        table.add_row(
+            app.name,
+            f"{app.accepted:,}",
+            f"{app.pending:,}",
+            f"{app.dead:,}",
+            Text(_size(app.bytes), Level.GRAVE.value if full else ""),
+            "" if app.max_bytes is None else _size(app.max_bytes),
+            f"{app.token}{since}",
         )
     return table
 

@@ -14,9 +14,10 @@ from typing import Literal, Protocol
 import msgspec
 
 from agent import __version__
+from agent.console.apps import AppStatus, overview
 from agent.outbox.files import log_of
 from agent.outbox.reader import Reader
-from agent.outbox.records import Ledger, Salvage, label
+from agent.outbox.records import Ledger, Quotas, Salvage, label
 
 State = Literal[
     "flowing",
@@ -109,6 +110,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     config_problem: str | None = None
     """Why a configuration read anew was refused, and the one before stays in force."""
     upstreams: dict[str, UpstreamStatus] | msgspec.UnsetType = msgspec.UNSET
+    apps: list[AppStatus] = msgspec.field(default_factory=list)
 
     @property
     def each(self) -> dict[str, UpstreamStatus]:
@@ -173,6 +175,7 @@ async def collect(
     full: str | None = None,
     fault: str | None = None,
     config_problem: str | None = None,
+    quotas: Quotas | None = None,
 ) -> Status:
     """Return the status of the outbox behind *reader* and of its *upstreams*, by name.
 
@@ -228,6 +231,7 @@ async def collect(
         version=__version__,
         config_problem=config_problem,
         upstreams={label(name): one for name, one in each.items()} if several else msgspec.UNSET,
+        apps=overview(await reader.apps(), quotas or Quotas()),
     )
 
 

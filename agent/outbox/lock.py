@@ -3,7 +3,9 @@
 SQLite before 3.51.3 can corrupt a WAL database when two connections write or checkpoint at the
 same moment; this lock is what keeps it to one.
 
-The file also says whether an outbox was ever opened there: a damaged one that is ours may be moved
+The file holds a key, too, by which the agent that runs knows an operator: whoever may read it.
+
+And it says whether an outbox was ever opened there: a damaged one that is ours may be moved
 aside, a file of somebody else's, named by mistake, may not.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -26,11 +29,18 @@ _TRY_INTERVAL_S = 0.1
 _OURS = "outbox"
 """The word in the lock file that says so."""
 
+_KEY = "operator-"
+"""Begins the word that shows who may read this file."""
+
 
 class Ownership:
-    """The lock that is held. *proven* says that an agent had its outbox there before."""
+    """The lock that is held. *proven* says that an agent had its outbox there before.
+
+    *operator_key* is for this life of the agent, and to be read from the lock file by who may.
+    """
 
     def __init__(self, note: int, stack: ExitStack) -> None:
+        self.operator_key = secrets.token_hex(16)
         self.proven = _OURS in os.pread(note, 64, 0).decode("ascii", "replace").split()
         self._note = note
         self._stack = stack
@@ -55,7 +65,7 @@ class Ownership:
         self._write()
 
     def _write(self) -> None:
-        lines = f"{os.getpid()}\n" + f"{_OURS}\n" * self.proven
+        lines = f"{os.getpid()}\n" + f"{_OURS}\n" * self.proven + f"{_KEY}{self.operator_key}\n"
         # In this order, so that a full disk leaves what was there: it is only a note.
         with suppress(OSError):
             os.pwrite(self._note, lines.encode(), 0)
@@ -158,7 +168,27 @@ def _refusal(outbox: Path, fd: int) -> OutboxLockedError:
 def owner(outbox: Path) -> str:
     """Return the process number of whoever locked *outbox* last, "(unknown)" if it cannot be read."""
     try:
-        lines = files.lock_of(outbox).read_text(encoding="ascii", errors="replace").split()
+        lines = _note_of(outbox)
     except OSError:
         lines = []
     return lines[0] if lines else "(unknown)"
+
+
+def operator_key(outbox: Path) -> str:
+    """Return the `Ownership.operator_key` of whoever owns *outbox*. Raises `OutboxError`."""
+    path = files.lock_of(outbox)
+    try:
+        lines = _note_of(outbox)
+    except OSError as exc:
+        raise OutboxError(
+            f"{path}: cannot be read ({exc.strerror}); tokens are given out and revoked by the agent's"
+            " user, members of its group, and root"
+        ) from exc
+    keys = [line.removeprefix(_KEY) for line in lines if line.startswith(_KEY)]
+    if not keys:
+        raise OutboxError(f"{path}: holds no key of an operator; restart the agent")
+    return keys[0]
+
+
+def _note_of(outbox: Path) -> list[str]:
+    return files.lock_of(outbox).read_text(encoding="ascii", errors="replace").split()

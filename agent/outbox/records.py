@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
@@ -171,6 +171,20 @@ class App:
     def has_token(self) -> bool:
         """Whether it is known by a token now."""
         return self.token_digest is not None and self.revoked_ms is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quotas:
+    """How many bytes the outbox may hold of each app: *named* by name, *other* each other one.
+
+    None: as many as there is room for.
+    """
+
+    named: Mapping[str, int | None] = field(default_factory=dict)
+    other: int | None = None
+
+    def of(self, app: str) -> int | None:
+        return self.named.get(app, self.other)
 
 
 def app_of(columns: Sequence[Any]) -> App:

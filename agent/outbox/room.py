@@ -11,7 +11,7 @@ Decides inside the writer's transaction, so that what settlements free counts at
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import structlog
 from agent.clock import Clock
 from agent.errors import AppQuotaError, OutboxFullError
 from agent.event import Event
-from agent.outbox.records import EVENT_OVERHEAD_BYTES, Appended
+from agent.outbox.records import EVENT_OVERHEAD_BYTES, Appended, Quotas
 from agent.outbox.reserve import Reserve
 from agent.outbox.store import Space, Store
 
@@ -30,9 +30,6 @@ _BARE_BYTES = 40 * 1024
 _EVICT_LIMIT = 10_000
 _PRUNE_LIMIT = 1_000
 """Rows evicted and ids forgotten at once at most, to keep the transaction short."""
-
-DEFAULT_QUOTA = "outbox.max_size_per_app"
-"""The key of the quota of each app that has none of its own."""
 
 Results = list[list[Appended] | OutboxFullError]
 """What became of the events of each call, or why it was refused."""
@@ -44,17 +41,13 @@ log = structlog.get_logger()
 class Policy:
     """What the operator configured. *max_bytes* bounds the database; *remember* keeps delivered ids.
 
-    *quotas* bounds what it holds of some apps, *quota* of each other one; None: nothing does.
+    *quotas* bounds what it holds of each app.
     """
 
     max_bytes: int
     evicts: bool
     remember: bool
-    quota: int | None = None
-    quotas: Mapping[str, int] = field(default_factory=dict)
-
-    def quota_of(self, app: str) -> int | None:
-        return self.quotas.get(app, self.quota)
+    quotas: Quotas = field(default_factory=Quotas)
 
 
 class Room:
@@ -131,16 +124,16 @@ class Room:
             if event.app:
                 wanted[event.app] += _footprint([event])
         for name, wanted_bytes in wanted.items():
-            max_bytes = self._policy.quota_of(name)
+            max_bytes = self._policy.quotas.of(name)
             held_bytes = store.apps.held_bytes(name) + taken[name]
             if max_bytes is None or held_bytes + wanted_bytes <= max_bytes:
                 continue
             if not store.knows_all(events):
-                key = f"apps.{name}.max_size" if name in self._policy.quotas else DEFAULT_QUOTA
                 return AppQuotaError(
-                    f"app {name}: the outbox holds {held_bytes} bytes of it, and may hold {max_bytes}"
-                    f" ({key}), which leaves too little for {wanted_bytes} more; send again when some"
-                    " of its events were delivered or discarded, or raise that key"
+                    f"app {name}: the outbox holds {held_bytes} of the {max_bytes} bytes that it may,"
+                    f" and {wanted_bytes} more do not fit; send again when some of its events were"
+                    f" delivered or discarded, or raise max_size of [apps.{name}] or"
+                    " outbox.max_size_per_app"
                 )
         taken.update(wanted)
         return None

@@ -77,6 +77,7 @@ class Writer:
         """Transactions committed so far: the writer's progress, for the watchdog."""
         self.opening = Opening(path, clock, owned)
         """What is known of the file, and of the damaged ones beside it."""
+        self._operator_key = owned.operator_key
         self._policy = policy
         self._clock = clock
         self._room = Room(path, policy, clock)
@@ -159,6 +160,11 @@ class Writer:
         if self.rescuing or not self.opening.is_open:
             return None
         return self.opening.database.apps
+
+    @property
+    def operator_key(self) -> str:
+        """What shows that a client may read the files of the outbox: it stands in the lock file."""
+        return self._operator_key
 
     def suspect(self, damage: str) -> None:
         """A reader met damage: begin anew with an empty database, and salvage the damaged one."""
