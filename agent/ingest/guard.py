@@ -20,11 +20,14 @@ _LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _GZIP_OR_ZLIB = 47
 """zlib's wbits: 32 detects either header, 15 is the largest window (zlib manual, inflateInit2)."""
 
-_FOR_PAGES = "/api/public/"
-"""What an allowed origin may reach."""
+_FOR_PAGES = ("/api/public/", "/v1/")
+"""What an allowed origin may reach: where events are posted, and nothing else."""
 
 _PREFLIGHT_AGE_S = "600"
 """How long a browser may remember a preflight: ten minutes, so that a change is soon in force."""
+
+_READABLE = "Retry-After, Idempotent-Replayed"
+"""What an allowed page may read beside the body and its type."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,12 +58,20 @@ class Guard:
     def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
         """Return the headers that let an allowed page read the answer; none for anybody else.
 
-        Source: Fetch standard, CORS protocol; Private Network Access for the last one.
+        Source: Fetch standard, CORS protocol; Private Network Access for the last one, which asks
+        in Chrome before 142. Its successor, Local Network Access, asks the person and no server.
         """
         origin = headers.get("origin")
         if origin is None or origin not in self.allowed_origins:
             return {}
-        granted = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        granted = {
+            "Access-Control-Allow-Origin": origin,
+            # A beacon always comes with credentials: its JSON would be dropped without a word.
+            # Nothing that is answered here depends on any.
+            "Access-Control-Allow-Credentials": "true",
+            "Access-Control-Expose-Headers": _READABLE,
+            "Vary": "Origin",
+        }
         if "access-control-request-method" in headers:
             granted["Access-Control-Allow-Methods"] = "POST"
             granted["Access-Control-Allow-Headers"] = headers.get(
