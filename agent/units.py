@@ -255,7 +255,7 @@ def _web_origin(origin: str) -> str:
         )
     if origin.lower().startswith("file:"):
         raise ValueError(
-            "pages from files have no origin of their own: browsers send \"null\" for them, and for"
+            'pages from files have no origin of their own: browsers send "null" for them, and for'
             ' any page that asks for it. Serve yours, say as "http://localhost:8080"'
         )
     if not origin.isascii() or "://" not in origin:

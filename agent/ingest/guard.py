@@ -95,7 +95,8 @@ class Guard:
     def _judge_origin(self, headers: Mapping[str, str], path: str) -> Answer | None:
         origin = headers.get("origin")
         if origin is None:
-            # A page may leave Origin out of a plain GET, but cannot leave this header out.
+            # A GET for a page comes without Origin. Browsers say this instead, of loopback names
+            # alone; with other names, what is answered is of no use to the page (`agent.ingest.wire`).
             if headers.get("sec-fetch-site") in {"cross-site", "same-site"}:
                 return _forbid("Sec-Fetch-Site: a page of another origin may not ask")
             return None
@@ -103,8 +104,12 @@ class Guard:
         if origin == f"http://{headers.get('host')}":
             return None
         # Others may post events: not look into the outbox, nor steer the agent.
-        if origin in self.allowed_origins and behind_prefix(path).startswith(_FOR_PAGES):
-            return None
+        if origin in self.allowed_origins:
+            if behind_prefix(path).startswith(_FOR_PAGES):
+                return None
+            return _forbid(
+                f"Origin: {origin[:100]!r} may post events to /api/public/apps/, and nothing else"
+            )
         return _forbid(
             f"Origin: {origin[:100]!r} may not post here; if the page is yours, add its origin"
             " to ingest.allowed_origins"
