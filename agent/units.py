@@ -317,6 +317,15 @@ def socket_path(path: str) -> str:
     return path
 
 
+def write_key(key: WriteKey) -> WriteKey:
+    if not (key.reveal().isascii() and key.reveal().isprintable()):
+        raise ValueError(
+            "a write key is one line of printable ASCII, and this is not;"
+            " copy it again from your workspace"
+        )
+    return key
+
+
 def sha256_digests(digests: tuple[str, ...]) -> tuple[str, ...]:
     for number, digest in enumerate(digests, 1):
         if not re.fullmatch(r"[0-9A-Fa-f]{64}", digest):
