@@ -12,6 +12,7 @@ the page cannot read; a preflight for each event.
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -320,6 +321,20 @@ async def ask_four_times(world: World, origin: str) -> dict[str, Any]:
             )
         )
         return said
+
+
+async def test_the_example_of_the_readme_stores_its_event(world: World) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (script,) = re.findall(r"^```js\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    at_home = script.replace("http://127.0.0.1:7227", world.front)
+    assert at_home != script
+    before = await world.agent.status()
+
+    async with world.browser.page(world.shop) as page:
+        await page.run(at_home)
+        # By fetch, and once more by the beacon.
+        await world.agent.until(lambda it: it["duplicates"] == before["duplicates"] + 1)
+    assert (await world.agent.status())["accepted"] == before["accepted"] + 1
 
 
 # --- Chrome's own rules ----------------------------------------------------------------------------
