@@ -28,7 +28,13 @@ from processes import DEADLINE_S, AgentProcess, running_agent
 from agent.clock import SystemClock
 from agent.config import load
 from agent.contract import read_event
-from agent.errors import AgentError, AppQuotaError, ConfigError
+from agent.errors import (
+    AgentError,
+    AppQuotaError,
+    ConfigError,
+    OutboxFullError,
+    OutboxUnavailableError,
+)
 from agent.event import Event
 from agent.exchange import Answer, Request
 from agent.ingest.callers import Callers
@@ -39,6 +45,7 @@ from agent.outbox.reader import Reader, open_own_reader
 from agent.outbox.records import Ack, App, Appended, Bury, Quotas, Selection
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.salvage import survey
+from agent.outbox.store import Store
 from agent.outbox.writer import Policy, Writer, open_writer
 from agent.units import token_digest
 
@@ -318,6 +325,30 @@ async def test_nothing_of_others_makes_room_for_an_app_over_its_quota(tmp_path: 
         ledger = await reader.ledger()
 
     assert (ledger.pending, ledger.evicted) == (5, 0)
+
+
+async def test_what_is_rolled_back_counts_for_no_app(tmp_path: Path) -> None:
+    def fails(store: Store) -> None:
+        store.append([event("b", "pos"), event("c", "kiosk")])
+        store.settle([Ack(1)], now_ms=1, remember=True)
+        store.apps.issue("pos", b"d" * 32, now_ms=1)
+        raise OutboxFullError("for the test")
+
+    path = tmp_path / "outbox.db"
+    async with opened(path) as (writer, reader):
+        await writer.append([event("a", "pos")])
+        before = writer.apps
+        with pytest.raises(OutboxUnavailableError):
+            await writer.perform(fails)
+        while writer.fault is not None:  # noqa: ASYNC110  # the writer's own task
+            await asyncio.sleep(0.01)
+        await writer.append([event("d", "pos")])
+        (known,) = await reader.apps()
+
+    assert before is not None
+    assert (before["pos"].pending, before["pos"].token_digest) == (1, None)
+    assert (known.pending, known.delivered, known.token_digest) == (2, 0, None)
+    assert miscounted(path) == []
 
 
 async def test_a_start_finds_the_counters_as_they_were(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@
     opening    the writer's connection: opened, again after a fault, anew after damage
     room       who is let in: quota, disk, and the `reserve` kept back for deliveries
     database   the one write connection; `schema` its tables and migrations
-    store      the SQL verbs, in a transaction of the writer's; `ids` knows each messageId
+    store      the SQL verbs, in a transaction of the writer's; `ids` knows each messageId, `apps` what
+               came from which app
     news       wakes the forwarder that an event is for
     reader     short queries, of the daemon's and of others
     lock       one writer per outbox; `files` what each file is called, and whose it is
