@@ -17,7 +17,7 @@ import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 import msgspec
@@ -40,7 +40,7 @@ from agent.keys import example
 from agent.outbox import reader as reading
 from agent.outbox import schema
 from agent.outbox.reader import Reader, open_own_reader
-from agent.outbox.records import Ack, Appended, Bury, Selection
+from agent.outbox.records import Ack, App, Appended, Bury, Selection
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.salvage import surviving
 from agent.outbox.store import Store
@@ -381,6 +381,8 @@ def test_the_key_that_an_app_sends_chooses(authorization: str | None, upstream: 
 
 class Books:
     """A writer's place: notes what it is handed."""
+
+    apps: ClassVar[dict[str, App]] = {}
 
     def __init__(self) -> None:
         self.events: list[Event] = []
