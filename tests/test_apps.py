@@ -696,6 +696,15 @@ async def test_tokens_and_counters_outlive_a_kill(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
+async def test_no_token_is_given_out_where_no_agent_ever_ran(tmp_path: Path) -> None:
+    """Else who names the wrong configuration would get one that is good nowhere."""
+    async with aiohttp.ClientSession() as session:
+        agent = AgentProcess(tmp_path, session)
+        assert await agent.run_command("app", "add", "pos") == (1, "")
+    assert not agent.outbox.exists()
+
+
+@pytest.mark.process
 async def test_where_tokens_are_required_nobody_else_may_post_and_all_else_goes_on(
     tmp_path: Path,
 ) -> None:

@@ -104,7 +104,7 @@ async def discard(loaded: Loaded, selection: Selection) -> int:
 
 async def add_app(loaded: Loaded, name: str, token_digest: bytes) -> None:
     """Let the app be known by the token of that digest, whether or not an agent runs."""
-    async with _at_hand(loaded, create=True) as hand:
+    async with _at_hand(loaded) as hand:
         await hand.add_app(name, token_digest, await _operator_key(loaded, hand))
 
 
@@ -164,17 +164,14 @@ async def receipts(loaded: Loaded, message_id: str) -> list[Receipt]:
 
 
 @asynccontextmanager
-async def _at_hand(loaded: Loaded, *, create: bool = False) -> AsyncIterator[DaemonClient | _Alone]:
-    """Yield what can change the outbox: the daemon that answers, else a writer of our own.
-
-    Where there is no outbox yet, *create* begins one.
-    """
+async def _at_hand(loaded: Loaded) -> AsyncIterator[DaemonClient | _Alone]:
+    """Yield what can change the outbox: the daemon that answers, else a writer of our own."""
     ingest, outbox = loaded.settings.ingest, loaded.settings.outbox
     async with open_client(ingest.host, ingest.port) as client:
         if await _answers(client, loaded):
             yield client
             return
-    if not _exists(outbox.path) and not create:
+    if not _exists(outbox.path):
         raise OutboxError(f"{_nothing_at(outbox.path)}; nothing to change")
     # What the writer has to say belongs to stderr; unconfigured, it would go to stdout.
     logs.configure("warning", "console", sys.stderr, logs.Redactor())

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from agent.clock import SystemClock
 from agent.contract import read_event
 from agent.event import Event
@@ -29,7 +31,7 @@ _NOW_MS = 1_800_000_000_000
 _EVERY_ROW = """
 SELECT event.seq, message_id, event.state, accepted_ms, settled_ms,
        COALESCE(pending.attempts, dead.attempts, 0), failing_since_ms, reason, status, answer,
-       COALESCE(pending.body, dead.body)
+       COALESCE(pending.body, dead.body), app
   FROM event
   LEFT JOIN pending USING (seq)
   LEFT JOIN dead USING (seq)
@@ -52,6 +54,7 @@ class Row:
     status: int | None
     answer: str | None
     body: bytes | None
+    app: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ def event(number: int, rng: random.Random) -> Event:
     }
     if rng.random() < 1 / 2:
         fields["timestamp"] = "2026-11-23T10:00:00.000Z"
-    return read_event("track", json.dumps(fields).encode(), received_ms=_NOW_MS + number)
+    parsed = read_event("track", json.dumps(fields).encode(), received_ms=_NOW_MS + number)
+    return msgspec.structs.replace(parsed, app=("", "pos", "kiosk")[number % 3])
 
 
 async def _live(path: Path, events: int, killed_into: Path | None) -> set[str]:
