@@ -46,6 +46,7 @@ from agent.ingest.callers import Callers
 from agent.ingest.destinations import Destinations
 from agent.ingest.guard import Guard
 from agent.ingest.sockets import bind_unix
+from agent.observe.logs import Redactor
 from agent.outbox.reader import Reader, open_own_reader
 from agent.outbox.records import Ack, App, Appended, Bury, Quotas, Selection
 from agent.outbox.rescue import salvage_damaged
@@ -192,6 +193,15 @@ def test_only_named_users_may_use_the_socket_and_none_named_that_exist_is_nobody
     assert refusal(guard.judge_peer(8) or "")["statusCode"] == 403
     guard.socket_users = frozenset()
     assert guard.judge_peer(7) is not None
+
+
+def test_a_token_that_comes_into_a_log_is_masked_whoever_gave_it_out() -> None:
+    redactor = Redactor()
+    for form in (TOKEN, f"Bearer {TOKEN}", basic(f"{TOKEN}:"), f"'{TOKEN}'"):
+        shown = redactor.clean(f"failed on {form}.")
+        assert "x" * 20 not in shown
+        assert basic(TOKEN).split()[1][:20] not in shown
+    assert redactor.clean("what_tat_means") == "what_tat_means"
 
 
 # --- what the configuration says ----------------------------------------------------------------
@@ -620,6 +630,7 @@ async def test_status_and_receipts_say_which_app_an_event_came_from(tmp_path: Pa
         _, by_command = await agent.run_command("list", "--app", "pos", "--json")
         _, shown = await agent.run_command("show", "pos-1")
         _, report = await agent.run_command("status")
+        metrics = await agent.get("/metrics")
 
     assert (known["name"], known["token"], known["accepted"], known["pending"]) == (
         "pos",
@@ -633,6 +644,8 @@ async def test_status_and_receipts_say_which_app_an_event_came_from(tmp_path: Pa
     assert [json.loads(line)["messageId"] for line in by_command.splitlines()] == ids
     assert "pos" in shown
     assert "pos" in report
+    assert 'tranthor_agent_app_events_accepted_total{app="pos"} 4.0' in metrics
+    assert 'tranthor_agent_app_pending{app="pos"} 4.0' in metrics
 
 
 @pytest.mark.process

@@ -1,12 +1,12 @@
 """GET /metrics: the numbers of `status` in the text format of Prometheus, by its own library.
 
 Counters are of the outbox, so they go on over restarts; after a damaged outbox was replaced they
-begin anew. No label tells of a user, an event or a key.
+begin anew. No label tells of a user, an event or a key; what has the label `app` is there for each app.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Metric
@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
+from agent.console.apps import AppStatus
 from agent.console.status import State, Status
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -50,6 +51,31 @@ def exposition(status: Status) -> bytes:
     return generate_latest(registry)
 
 
+_OF_APPS = {
+    "pending": "Events of an app that wait.",
+    "dead": "Dead letters of an app.",
+    "bytes": "What the outbox holds of an app.",
+    "max_bytes": "What it may hold of an app that has a quota.",
+}
+
+
+def _of_apps(apps: Iterable[AppStatus]) -> Iterator[Metric]:
+    accepted = CounterMetricFamily(
+        "tranthor_agent_app_events_accepted", "Events of an app that were stored.", labels=["app"]
+    )
+    gauges = {
+        name: GaugeMetricFamily(f"tranthor_agent_app_{name}", text, labels=["app"])
+        for name, text in _OF_APPS.items()
+    }
+    for app in apps:
+        accepted.add_metric([app.name], app.accepted)
+        for name, gauge in gauges.items():
+            value = getattr(app, name)
+            if value is not None:
+                gauge.add_metric([app.name], float(value))
+    yield from (accepted, *gauges.values())
+
+
 class _Once(Collector):
     def __init__(self, status: Status) -> None:
         self._status = status
@@ -81,6 +107,7 @@ class _Once(Collector):
         for each in get_args(State):
             state.add_metric([each], float(each == status.state))
         yield state
+        yield from _of_apps(status.apps)
         build = GaugeMetricFamily("tranthor_agent_info", "1, with the version.", labels=["version"])
         build.add_metric([status.version], 1)
         yield build

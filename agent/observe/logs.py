@@ -28,7 +28,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from agent.clock import SystemClock
 from agent.errors import ConfigError
 from agent.event import rfc3339
-from agent.units import MASK
+from agent.units import MASK, TOKEN_PREFIX
 
 LEVELS = {
     "debug": logging.DEBUG,
@@ -44,6 +44,9 @@ SHORTEST_SECRET = 4
 _LIBRARY_FLOOR = logging.INFO
 """Libraries speak from here up, whatever our level: aiosqlite's debug lines hold the parameters of
 each statement, which are the users' events."""
+
+_TOKEN = re.compile(rf"(?:{TOKEN_PREFIX}|dGF0X)[A-Za-z0-9+/_-]{{20,}}")
+"""As it is, or in Base64: tokens are known by their digests alone, and so to be told by their form."""
 
 _SECRET_NAMES = ("authorization", "writekey", "password", "token")
 """Endings of key names, lower case, without "-" and "_": proxy-authorization, publicWriteKey, …"""
@@ -120,7 +123,8 @@ class Redactor:
             self._pattern = re.compile("|".join("".join(map(_spelling, form)) for form in forms))
 
     def clean(self, text: str) -> str:
-        """Return *text* with each secret replaced by MASK."""
+        """Return *text* with each secret replaced by MASK, and all that looks like an app's token."""
+        text = _TOKEN.sub(MASK, text)
         return text if self._pattern is None else self._pattern.sub(MASK, text)
 
     def __call__(self, _logger: WrappedLogger, _method: str, event_dict: EventDict) -> EventDict:
