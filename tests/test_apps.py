@@ -140,6 +140,12 @@ def test_a_token_is_found_however_an_app_sends_a_key(authorization: str) -> None
     assert Callers(require_token=True).app_of(request(authorization), apps) == "pos"
 
 
+def test_a_token_may_stand_in_the_body_where_the_head_has_none() -> None:
+    apps = by_name(app("pos", TOKEN))
+    assert Callers().app_of(request(), apps, lambda _: TOKEN) == "pos"
+    assert Callers().app_of(request("Bearer key"), apps, lambda _: TOKEN) == ""
+
+
 @pytest.mark.parametrize("authorization", [None, "", "Bearer key", basic("key:"), basic("a:tat_b")])
 def test_a_write_key_is_no_token_and_its_app_nobody_in_particular(
     authorization: str | None,
