@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ import socket
 import sqlite3
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from processes import DEADLINE_S, AgentProcess, running_agent
 
 from agent.clock import SystemClock
 from agent.config import load
+from agent.console.sandbox import DEFAULT_WRITE_KEY, Sandbox
 from agent.contract import read_event
 from agent.errors import (
     AgentError,
@@ -712,6 +714,43 @@ async def test_tokens_and_counters_outlive_a_kill(tmp_path: Path) -> None:
 
     assert known["pending"] == 2
     assert miscounted(agent.outbox) == []
+
+
+@pytest.mark.process
+async def test_whenever_it_is_killed_each_app_has_its_events_and_its_sums(tmp_path: Path) -> None:
+    sandbox = Sandbox(DEFAULT_WRITE_KEY)
+    async with sandbox.serving() as url:
+        upstream = f'url = "{url}"\nwrite_key = "{DEFAULT_WRITE_KEY}"'
+        async with running_agent(tmp_path, upstream=upstream) as agent:
+            tokens = {name: await added(agent, name) for name in ("pos", "kiosk")} | {"": ""}
+            acknowledged: dict[str, str] = {}
+
+            async def use(name: str, life: int) -> None:
+                with suppress(aiohttp.ClientError):  # killed
+                    for n in itertools.count():
+                        message_id = f"{life}-{name}-{n}"
+                        if (await post(agent, body(message_id), tokens[name]))[0] == 204:
+                            acknowledged[message_id] = name
+
+            for life in range(3):
+                async with asyncio.TaskGroup() as apps:
+                    for name in tokens:
+                        apps.create_task(use(name, life))
+                    while len(acknowledged) < 60 * (life + 1):  # noqa: ASYNC110  # other tasks
+                        await asyncio.sleep(0.001)
+                    await agent.kill()
+                assert miscounted(agent.outbox) == []
+                await agent.start()
+            status = await agent.until(lambda it: it["pending"] == 0)
+            assert await agent.stop() == 0
+
+    with closing(sqlite3.connect(agent.outbox)) as db:
+        kept = dict(db.execute("SELECT message_id, app FROM event"))
+    assert kept | acknowledged == kept
+    assert {it["name"]: it["accepted"] for it in status["apps"]} == {
+        name: list(kept.values()).count(name) for name in ("pos", "kiosk")
+    }
+    assert all(it["accepted"] == it["delivered"] and it["bytes"] == 0 for it in status["apps"])
 
 
 @pytest.mark.process
