@@ -222,7 +222,8 @@ class World:
         ]
 
     def held_bytes(self, app: str) -> int:
-        return sum(it.held_bytes for it in self.counted() if it.name == app)
+        rows = self._of(app, "pending") + self._of(app, "dead")
+        return sum(len(row.event.body) + 256 for row in rows)
 
     def _of(self, app: str, state: State) -> list[Row]:
         return [row for row in self.listed(state) if row.event.app == app]
