@@ -29,6 +29,7 @@ DECISIONS = (
     "forward.disposition",
     "forward.lanes",
     "forward.trials",
+    "forward.waits",
     "ingest.destinations",
     "ingest.guard",
     "ingest.wire",
