@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Protocol
 
 import msgspec
 
 from agent.clock import Clock
 from agent.console import dead_letters
-from agent.console.receipts import view
+from agent.console.receipts import (
+    WAIT_MAX_S,
+    Unattended,
+    Wait,
+    receipt_view,
+    unknown,
+    view,
+    wait_s,
+)
 from agent.console.status import Flow, Standing, Status, collect
 from agent.errors import OutboxError
 from agent.exchange import Answer, Request, answer_json, refuse
-from agent.outbox.reader import Reader
-from agent.outbox.records import Selection, State, label, unlabel
+from agent.outbox.reader import Reader, receipt_of
+from agent.outbox.records import Receipt, Selection, State, label, unlabel
 from agent.outbox.refusals import RETRY_UNAVAILABLE_S, refuse_for
 from agent.outbox.writer import Writer
 
@@ -39,6 +48,14 @@ class Link(Protocol):
     def resume(self) -> None: ...
     def flush(self) -> None: ...
     def flow(self) -> Flow: ...
+    def wait_of(self, seq: int, lane: int) -> Wait: ...
+
+
+class _EventQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The query of GET events/{messageId}. *wait* is how long to wait until the event is settled."""
+
+    upstream: str | None = None
+    wait: str = "0"
 
 
 class _EventsQuery(Selection, frozen=True, kw_only=True):
@@ -205,17 +222,48 @@ class Control:
         )
 
     async def _event(self, request: Request, message_id: str) -> Answer:
-        text = request.query.get("upstream")
-        upstream = None if text is None else unlabel(text)
-        receipt = await self._reader.receipt(message_id, upstream)
+        query = msgspec.convert(dict(request.query), _EventQuery, strict=False)
+        upstream = None if query.upstream is None else unlabel(query.upstream)
+        waited_s = _wait_s(query.wait)
+        if isinstance(waited_s, Answer):
+            return waited_s
+        known = await self._settled(message_id, upstream, waited_s)
+        receipt = receipt_of(known, upstream)
         if receipt is None:
-            return refuse(
-                404,
-                "AGENT_UNKNOWN_EVENT",
-                f"messageId {message_id[:200]!r} is unknown: never accepted, discarded, or"
-                " delivered longer ago than outbox.delivered_retention",
+            return answer_json(unknown(message_id), status=404)
+        wait = self._wait_of(receipt) if receipt.state == "pending" else None
+        return answer_json(receipt_view(receipt, wait, known))
+
+    async def _settled(
+        self, message_id: str, upstream: str | None, waited_s: float
+    ) -> list[Receipt]:
+        """Return the receipts of one id, once that of *upstream* is settled or *waited_s* are over."""
+        if waited_s:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(waited_s):
+                    await self._wait_until_settled(message_id, upstream)
+        return await self._reader.receipts(message_id)
+
+    async def _wait_until_settled(self, message_id: str, upstream: str | None) -> None:
+        waiters = self._writer.waiters
+        seq = await self._pending_seq(message_id, upstream)
+        while seq is not None and not waiters.over:
+            with waiters.watch(seq) as told:
+                if await self._pending_seq(message_id, upstream) == seq:
+                    await told.wait()
+            seq = await self._pending_seq(message_id, upstream)
+
+    async def _pending_seq(self, message_id: str, upstream: str | None) -> int | None:
+        receipt = await self._reader.receipt(message_id, upstream)
+        return receipt.seq if receipt is not None and receipt.state == "pending" else None
+
+    def _wait_of(self, receipt: Receipt) -> Wait:
+        link = self._links.get(receipt.upstream)
+        if link is None or receipt.lane is None:
+            return Unattended(
+                "upstream", f"the configuration has no [upstreams.{receipt.upstream}] any more"
             )
-        return answer_json(view(receipt))
+        return link.wait_of(receipt.seq, receipt.lane)
 
     async def _requeue(self, request: Request) -> Answer:
         selection = _selected(request)
@@ -245,6 +293,20 @@ def _selected(request: Request) -> Selection | Answer:
             ' "acceptedBeforeMs", "acceptedAfterMs", or "all": true',
         )
     return selection
+
+
+def _wait_s(text: str) -> float | Answer:
+    try:
+        waited_s = wait_s(text)
+    except ValueError as exc:
+        return refuse(400, "AGENT_BAD_REQUEST", f"wait: {text[:40]!r}: {exc}")
+    if waited_s > WAIT_MAX_S:
+        return refuse(
+            400,
+            "AGENT_BAD_REQUEST",
+            f"wait: {text[:40]!r} is over the limit of {WAIT_MAX_S:.0f} s; ask again when it is over",
+        )
+    return waited_s
 
 
 _FORM_TYPES = frozenset({"text/plain", "application/x-www-form-urlencoded", "multipart/form-data"})

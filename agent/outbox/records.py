@@ -151,7 +151,10 @@ class Salvage(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """Where one event stands. *settled_ms* is when it was delivered or set aside."""
+    """Where one event stands. *settled_ms* is when it was delivered or set aside.
+
+    *body* and *lane* are None once it is delivered.
+    """
 
     seq: int
     message_id: str
@@ -166,6 +169,7 @@ class Receipt:
     answer: str | None
     body: bytes | None
     upstream: str = ""
+    lane: int | None = None
 
 
 class Selection(
