@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from agent.console.control import PREFIX
+from agent.console.receipts import UNKNOWN_EVENT, ReceiptView
 from agent.console.status import Status
 from agent.errors import AgentError
 from agent.outbox.records import Selection
@@ -38,11 +40,16 @@ class DaemonSilentError(AgentError):
 
 
 class DaemonRefusedError(AgentError):
-    """The daemon answered that it will not, or cannot. The text is its own."""
+    """The daemon answered that it will not, or cannot. The text is its own, as is *code*."""
+
+    def __init__(self, text: str, code: str) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class _Refusal(msgspec.Struct):
     message: str
+    code: str
 
 
 class _Requeued(msgspec.Struct):
@@ -73,6 +80,22 @@ class DaemonClient:
     async def flush(self, upstream: str | None = None) -> Status:
         return await self._call("POST", _about("flush", upstream), answer=Status)
 
+    async def receipt(
+        self, message_id: str, upstream: str | None = None, *, wait_s: float = 0
+    ) -> ReceiptView | None:
+        """Return where the event stands once it is settled or *wait_s* are over; None: not known.
+
+        *upstream* is a label; None: the first of those that the id is known for.
+        """
+        query = {"wait": f"{wait_s:.3f}"} | ({} if upstream is None else {"upstream": upstream})
+        path = f"events/{quote(message_id, safe='')}?{urlencode(query)}"
+        try:
+            return await self._call("GET", path, answer=ReceiptView, timeout_s=wait_s + _STATUS_S)
+        except DaemonRefusedError as exc:
+            if exc.code == UNKNOWN_EVENT:
+                return None
+            raise
+
     async def requeue(self, selection: Selection) -> int:
         """Return how many dead letters of *selection* are pending again; none given means all."""
         path, body = "dead/requeue", _body(selection)
@@ -97,7 +120,7 @@ class DaemonClient:
         try:
             async with self._session.request(
                 method,
-                f"{self.address}{PREFIX}{path}",
+                URL(f"{self.address}{PREFIX}{path}", encoded=True),
                 data=b"" if body is None else msgspec.json.encode(body),
                 headers={"Content-Type": "application/json"},
                 timeout=aiohttp.ClientTimeout(total=timeout_s),
@@ -128,7 +151,7 @@ class DaemonClient:
                 f"{self.address} is answered by an agent of another version (status {status});"
                 " restart it"
             ) from exc
-        raise DaemonRefusedError(f"the agent answers {status}: {refusal.message}")
+        raise DaemonRefusedError(f"the agent answers {status}: {refusal.message}", refusal.code)
 
 
 @asynccontextmanager
