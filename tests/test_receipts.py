@@ -27,7 +27,7 @@ from agent.console.control import PREFIX, Control
 from agent.console.receipts import WAIT_MAX_S, Unattended, Wait, wait_s
 from agent.console.sandbox import DEFAULT_WRITE_KEY, Fault, Sandbox
 from agent.console.status import Flow as FlowOfStatus
-from agent.event import parse_track
+from agent.contract import read_event
 from agent.forward.claims import Claim
 from agent.forward.lanes import Lanes, Place
 from agent.forward.plan import Flow
@@ -345,7 +345,7 @@ class Desk:
     async def store(self, *message_ids: str) -> None:
         now_ms = SystemClock().wall_ms()
         bodies = [json.dumps(track(message_id)).encode() for message_id in message_ids]
-        await self.writer.append([parse_track(body, received_ms=now_ms) for body in bodies])
+        await self.writer.append([read_event("track", body, received_ms=now_ms) for body in bodies])
 
     async def ask(self, path: str) -> tuple[int, dict[str, Any], dict[str, str]]:
         url = f"http://127.0.0.1:{self.port}{PREFIX}events/{path}"
@@ -386,7 +386,7 @@ async def desk_at(
             max_bytes=policy.max_bytes,
         )
         mounts = [Mount(PREFIX, control.answer)]
-        routes = Routes(writer, clock, max_body_bytes=1_000_000, mounts=mounts)
+        routes = Routes(writer, clock, mounts=mounts)
         async with serving(
             guard,
             routes.answer,

@@ -15,9 +15,11 @@ import msgspec
 from yarl import URL
 
 from agent.console.control import PREFIX
+from agent.console.messages import Discarded, Requeued
 from agent.console.receipts import UNKNOWN_EVENT, ReceiptView
 from agent.console.status import Status
 from agent.errors import AgentError
+from agent.exchange import Refusal
 from agent.outbox.records import Selection
 
 _SERVER = "tranthor-agent"
@@ -45,19 +47,6 @@ class DaemonRefusedError(AgentError):
     def __init__(self, text: str, code: str) -> None:
         super().__init__(text)
         self.code = code
-
-
-class _Refusal(msgspec.Struct):
-    message: str
-    code: str
-
-
-class _Requeued(msgspec.Struct):
-    requeued: int
-
-
-class _Discarded(msgspec.Struct):
-    discarded: int
 
 
 class DaemonClient:
@@ -99,13 +88,13 @@ class DaemonClient:
     async def requeue(self, selection: Selection) -> int:
         """Return how many dead letters of *selection* are pending again; none given means all."""
         path, body = "dead/requeue", _body(selection)
-        answer = await self._call("POST", path, answer=_Requeued, body=body, timeout_s=_BULK_S)
+        answer = await self._call("POST", path, answer=Requeued, body=body, timeout_s=_BULK_S)
         return answer.requeued
 
     async def discard(self, selection: Selection) -> int:
         """Return how many dead letters of *selection* are gone for good; none given means all."""
         path, body = "dead/discard", _body(selection)
-        answer = await self._call("POST", path, answer=_Discarded, body=body, timeout_s=_BULK_S)
+        answer = await self._call("POST", path, answer=Discarded, body=body, timeout_s=_BULK_S)
         return answer.discarded
 
     async def _call(
@@ -145,7 +134,7 @@ class DaemonClient:
         try:
             if status == 200:
                 return msgspec.json.decode(content, type=answer)
-            refusal = msgspec.json.decode(content, type=_Refusal)
+            refusal = msgspec.json.decode(content, type=Refusal)
         except msgspec.DecodeError as exc:
             raise DaemonSilentError(
                 f"{self.address} is answered by an agent of another version (status {status});"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 
@@ -25,6 +25,10 @@ WaitsFor = Literal[
 """The last one is said by the command alone: no agent runs."""
 
 
+Instant = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
+"""RFC 3339, in UTC, to the millisecond."""
+
+
 class EventView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """Where one event stands. Instants are RFC 3339 UTC; *body* is what is sent, null once delivered."""
 
@@ -35,14 +39,14 @@ class EventView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     event: str | None
     user_id: str | None
     anonymous_id: str | None
-    accepted_at: str
-    settled_at: str | None
+    accepted_at: Instant
+    settled_at: Instant | None
     attempts: int
-    failing_since: str | None
+    failing_since: Instant | None
     reason: Reason | None
     status: int | None
     answer: str | None
-    body: msgspec.Raw
+    body: Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": ["object", "null"]})]
 
 
 class ReceiptView(EventView, frozen=True, kw_only=True, rename="camel"):
@@ -122,9 +126,7 @@ def unknown(message_id: str) -> UnknownView:
 
 def wait_s(text: str) -> float:
     """Return a wait in seconds, given as a plain number or as a duration. Raises ValueError."""
-    if _PLAIN.fullmatch(text):
-        return float(text)
-    return Seconds.parse(text)
+    return float(text) if _PLAIN.fullmatch(text) else Seconds.parse(text)
 
 
 _PLAIN = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?", re.ASCII)
@@ -137,7 +139,7 @@ def _fields(receipt: Receipt) -> dict[str, Any]:
         "upstream": label(receipt.upstream),
         "state": receipt.state,
         "kind": receipt.kind,
-        "event": fields.get("event"),
+        "event": _text(fields.get("event")),
         "user_id": fields.get("userId"),
         "anonymous_id": fields.get("anonymousId"),
         "accepted_at": rfc3339(receipt.accepted_ms),
@@ -149,6 +151,11 @@ def _fields(receipt: Receipt) -> dict[str, Any]:
         "answer": receipt.answer,
         "body": msgspec.Raw(b"null" if receipt.body is None else receipt.body),
     }
+
+
+def _text(value: object) -> str | None:
+    # Of a track event it is its name; other kinds may carry anything there.
+    return value if isinstance(value, str) else None
 
 
 def _instant(ms: int | None) -> str | None:
