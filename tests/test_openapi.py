@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from processes import running_agent
+from processes import environ, running_agent
 
 from agent import __version__
 from agent.console.control import PREFIX
@@ -94,8 +93,8 @@ async def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
             str(Path(__file__).with_name("schemathesis.toml")), "run",
             f"{agent.url}{PREFIX}openapi.json",
             cwd=tmp_path,
-            # Its data is the document's, and a proxy of the environment knows no loopback.
-            env={name: text for name, text in os.environ.items() if "proxy" not in name.lower()},
+            # A proxy of the environment knows no loopback.
+            env={name: text for name, text in environ().items() if "proxy" not in name.lower()},
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
