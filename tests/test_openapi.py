@@ -1,7 +1,7 @@
 """The OpenAPI document: it is there, it is whole, and the real agent does what it says.
 
 Planted bugs that Schemathesis was seen to find here: a status that is not described, an answer of
-another shape, a body refused that the document allows, one taken that it does not, a crash.
+another shape, a body refused that the document allows, a query taken that it does not, a crash.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from agent import __version__
 from agent.console.control import PREFIX
 from agent.console.openapi import document
 from agent.event import KINDS
+from agent.ingest.routes import _ALIAS, _ENDPOINTS
 
 SCHEMATHESIS_S = 180.0
 """It takes some 15 s; generous, for a busy machine."""
@@ -67,6 +68,13 @@ def test_every_operation_has_a_name_of_its_own_and_its_path_parameters(
     for path, operation in operations:
         named = {each["name"] for each in operation.get("parameters", ()) if each["in"] == "path"}
         assert named == set(re.findall(r"{(\w+)}", path))
+
+
+def test_all_that_takes_events_is_described(described: dict[str, Any]) -> None:
+    taken = {*_ENDPOINTS, _ALIAS}
+
+    assert taken <= set(described["paths"])
+    assert {f"/w/{{upstream}}{path}" for path in taken} <= set(described["paths"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -440,6 +440,7 @@ async def test_what_expires_while_it_is_waited_for_is_dead(desk: Desk) -> None:
         (lambda writer: writer.settle(Ack(1)), "delivered"),
         (lambda writer: writer.perform(lambda store: store.evict(1, limit=1)), "unknown"),
     ],
+    ids=["delivered", "evicted"],
 )
 async def test_what_is_committed_between_look_and_wait_is_not_missed(
     tmp_path: Path, between: Callable[[Writer], Awaitable[object]], state: str

@@ -108,7 +108,10 @@ def document(upstreams: Iterable[str]) -> Schema:
 
 
 def _event_operations(labels: list[str]) -> Iterable[_Operation]:
-    """Yield what apps post to: the usual paths, and those that name an upstream."""
+    """Yield what apps post to: the usual paths, and those that name an upstream.
+
+    What else takes events, in other words, belongs here, too.
+    """
     upstream = {"upstream": {"type": "string", "enum": labels}}
     yield from _posts(_APPS, {}, {})
     yield from _posts(f"/w/{{upstream}}{_APPS}", upstream, _UNKNOWN_UPSTREAM)
