@@ -255,7 +255,14 @@ async def test_what_a_query_or_body_cannot_mean_is_refused(agent_process: AgentP
         assert (await agent_process.ask("GET", f"events?{query}"))["statusCode"] == 400
     assert (await agent_process.ask("POST", "pause?upstream="))["statusCode"] == 400
     assert (await agent_process.ask("GET", "events?user=null"))["events"] == []
-    for body in ({"acceptedBeforeMs": 0.5}, {"acceptedBeforeMs": 1e300}, {"all": 1}, [], {}):
+    bodies: list[object] = [
+        {"acceptedBeforeMs": 0.5},
+        {"acceptedBeforeMs": 1e300},
+        {"all": 1},
+        [],
+        {},
+    ]
+    for body in bodies:
         assert (await agent_process.ask("POST", "dead/discard", body))["statusCode"] == 400
     assert (await agent_process.ask("POST", "dead/discard", {"acceptedBeforeMs": 164.0})) == {
         "discarded": 0

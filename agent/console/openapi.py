@@ -6,8 +6,9 @@ Source: OpenAPI Specification 3.1.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from itertools import chain
 from typing import Any, Literal
@@ -71,7 +72,7 @@ class _Operation:
     more: str = ""
     path_parameters: Mapping[str, Schema] | None = None
     query: type[msgspec.Struct] | None = None
-    body: Any = None
+    body: Callable[[_Components], Schema] | None = None
     answers: Mapping[int, Any]
     refusals: Mapping[int, str]
 
@@ -127,7 +128,7 @@ def _posts(
             about=f"Take a {kind} event",
             more=_EVENTS_ABOUT,
             path_parameters=parameters,
-            body=type_of(kind),
+            body=partial(_Components.of, type_=type_of(kind)),
             answers={204: None},
             refusals={**refusals, **_FULL},
         )
@@ -304,9 +305,8 @@ def _described(operation: _Operation, components: _Components, labels: list[str]
     if parameters:
         described["parameters"] = parameters
     if operation.body is not None:
-        body = operation.body
-        schema = body(components) if body in {_batch, _dead} else components.of(body)
-        described["requestBody"] = {"required": True, "content": _json(schema)}
+        content = _json(operation.body(components))
+        described["requestBody"] = {"required": True, "content": content}
     described["responses"] = _responses(operation, components)
     return described
 
