@@ -110,7 +110,7 @@ class _Identify(_Message):
 class _View(_Message):
     """Of a page or a screen."""
 
-    name: _Text | None = None
+    name: str | int | float | None = None
     properties: dict[str, Any] | None = None
 
 
