@@ -32,6 +32,7 @@ DECISIONS = (
     "forward.lanes",
     "forward.trials",
     "ingest.destinations",
+    "ingest.dialect",
     "ingest.guard",
     "ingest.wire",
     "keys",
@@ -41,6 +42,7 @@ DECISIONS = (
     "outbox.salvage.pages",
     "outbox.salvage.rows",
     "reload",
+    "segment",
     "settings",
     "units",
 )

@@ -23,8 +23,8 @@ _GZIP_OR_ZLIB = 47
 _RAW = -15
 """The same window without any header (zlib manual, inflateInit2)."""
 
-_FOR_PAGES = "/api/public/"
-"""What an allowed origin may reach."""
+_FOR_PAGES = ("/api/public/", "/v1/")
+"""What an allowed origin may reach: where events are posted, and nothing else."""
 
 _PREFLIGHT_AGE_S = "600"
 """How long a browser may remember a preflight: ten minutes, so that a change is soon in force."""
