@@ -41,6 +41,7 @@ DECISIONS = (
     "outbox.salvage.log",
     "outbox.salvage.pages",
     "outbox.salvage.rows",
+    "redaction",
     "reload",
     "segment",
     "settings",

@@ -39,7 +39,7 @@ class Dialect:
     keyed: bool = False
 
     def reads(self, content_type: str) -> bool:
-        return content_type.partition(";")[0].strip().lower() in self.media_types
+        return media_type(content_type) in self.media_types
 
     def terms(self, terms: Terms) -> Terms:
         """Return *terms* as they are for this one."""
@@ -55,6 +55,10 @@ class Dialect:
             return _KEYED.decode(body).write_key or ""
         except (msgspec.DecodeError, UnicodeDecodeError):
             return ""  # what matters in it has been read by now
+
+
+def media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
 
 
 class _Keyed(msgspec.Struct, rename="camel"):

@@ -20,7 +20,7 @@ from agent.errors import InvalidEventError, OutboxError
 from agent.event import Event
 from agent.exchange import Answer, Request, refuse
 from agent.ingest.destinations import PREFIX, Destinations
-from agent.ingest.dialect import APPS, ENDPOINTS, Dialect, Endpoint
+from agent.ingest.dialect import APPS, ENDPOINTS, Dialect, Endpoint, media_type
 from agent.ingest.reply import Handler, Later, Reply
 from agent.ingest.turns import Turns
 from agent.outbox.records import Appended
@@ -90,7 +90,7 @@ class Routes:
         if endpoint == "alias":
             return _NO_ALIAS
         content_type = request.headers.get("content-type", "")
-        if content_type != _JSON and not dialect.reads(content_type):
+        if content_type != _JSON and not dialect.reads(content_type) and not _is_beacon(request):
             return refuse(
                 415,
                 "FST_ERR_CTP_INVALID_MEDIA_TYPE",
@@ -160,3 +160,12 @@ def _stored(
 _NO_ALIAS = refuse(400, "AGENT_NOT_IMPLEMENTED", "Not yet implemented.")
 
 _JSON = "application/json"
+
+
+def _is_beacon(request: Request) -> bool:
+    """Tell whether it may be JSON that a page calls text, as navigator.sendBeacon(url, text) does.
+
+    Any page can send that without asking; but one that is not allowed did not pass the guard.
+    """
+    content_type = request.headers.get("content-type", "")
+    return "origin" in request.headers and media_type(content_type) == "text/plain"
