@@ -15,6 +15,7 @@ from uuid import UUID
 import pytest
 from test_ingest import LIMIT_BYTES, Ingest, assert_refused, running
 
+from agent.contract import Terms
 from agent.event import KINDS, Kind
 from agent.ingest.destinations import Destinations
 from agent.units import key_digest
@@ -128,6 +129,26 @@ async def test_one_bad_call_refuses_its_batch_whole_and_is_named(ingest: Ingest)
 )
 async def test_any_other_path_is_not_found(ingest: Ingest, method: str, path: str) -> None:
     assert_refused(await ingest.post(b"", path, method), 404, "AGENT_NOT_FOUND")
+
+
+@pytest.mark.parametrize("path", ["/v1/identify", "/v1/batch", "/api/public/apps/identify"])
+async def test_what_is_redacted_is_redacted_in_each_dialect(ingest: Ingest, path: str) -> None:
+    def forget(fields: dict[str, Any]) -> None:
+        fields["traits"].pop("email")
+
+    ingest.routes.terms = Terms(max_body_bytes=LIMIT_BYTES, refine=forget)
+    said = call("identify", type="identify", traits={"email": "canary", "plan": "x"})
+    raw = encoded(said) if path.endswith("batch") else json.dumps(said).encode()
+    assert (await ingest.post(raw, path))[0] in {200, 204}
+    assert [fields["traits"] for fields in ingest.stored()] == [{"plan": "x"}]
+
+
+@pytest.mark.parametrize("path", ["/v1/track", "/v1/batch"])
+async def test_a_call_is_bounded_by_what_upstream_takes(ingest: Ingest, path: str) -> None:
+    ingest.routes.terms = Terms(max_body_bytes=1_000)
+    said = call(type="track", properties={"filler": "x" * 1_000})
+    raw = encoded(said) if path.endswith("batch") else json.dumps(said).encode()
+    assert_refused(await ingest.post(raw, path), 413, "FST_ERR_CTP_BODY_TOO_LARGE")
 
 
 # --- what they are encoded as --------------------------------------------------------------------

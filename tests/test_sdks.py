@@ -90,7 +90,8 @@ def install(folder: Path) -> None:
     except subprocess.TimeoutExpired:
         pytest.skip(f"npm ci took over {INSTALL_S:.0f} s")
     if done.returncode != 0:
-        pytest.skip(f"npm ci: {done.stderr[-300:]}")
+        errors = [line for line in done.stderr.splitlines() if line.startswith("npm error")]
+        pytest.skip(f"npm ci: {' '.join(errors[:4])}")
 
 
 class App:
