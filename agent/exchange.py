@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -38,6 +38,12 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     code: str
     error: str
     message: str
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """The body of Segment's own answer to what it takes."""
+
+    success: Literal[True] = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,7 @@ DECISIONS = (
     "forward.trials",
     "forward.waits",
     "ingest.destinations",
+    "ingest.dialect",
     "ingest.guard",
     "ingest.wire",
     "keys",
@@ -43,6 +44,7 @@ DECISIONS = (
     "outbox.salvage.rows",
     "redaction",
     "reload",
+    "segment",
     "settings",
     "units",
 )

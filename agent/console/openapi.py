@@ -7,11 +7,11 @@ Source: OpenAPI Specification 3.1.1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -29,14 +29,12 @@ from agent.console.messages import (
 from agent.console.receipts import ReceiptView, UnknownView
 from agent.console.status import Status
 from agent.contract import type_of
-from agent.event import KINDS
-from agent.exchange import Refusal
+from agent.event import KINDS, Kind
+from agent.exchange import Refusal, Taken
 
 Schema = dict[str, Any]
 
 _REF = "#/components/schemas/"
-
-_APPS = "/api/public/apps/"
 
 _EVENTS_ABOUT = (
     "204 once it is on stable storage. The same messageId again is 204 with Idempotent-Replayed, and"
@@ -108,48 +106,55 @@ def document(upstreams: Iterable[str]) -> Schema:
 # --- paths ---
 
 
-def _event_operations(labels: list[str]) -> Iterable[_Operation]:
-    """Yield what apps post to: the usual paths, and those that name an upstream.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Api:
+    """One of those that apps speak: its paths by what they take, its bodies, and its word for success."""
 
-    What else takes events, in other words, belongs here, too.
-    """
+    prefix: str
+    about: str
+    paths: Mapping[str, str]
+    body: Callable[[Kind, _Components], Schema]
+    answers: Mapping[int, Any]
+
+
+def _event_operations(labels: list[str]) -> Iterable[_Operation]:
+    """Yield what apps post to: the usual paths, and those that name an upstream."""
     upstream = {"upstream": {"type": "string", "enum": labels}}
-    yield from _posts(_APPS, {}, {})
-    yield from _posts(f"/w/{{upstream}}{_APPS}", upstream, _UNKNOWN_UPSTREAM)
+    for api in (_UPSTREAM, _SEGMENT):
+        yield from _posts(api, "", {}, {})
+        yield from _posts(api, "/w/{upstream}", upstream, _UNKNOWN_UPSTREAM)
 
 
 def _posts(
-    prefix: str, parameters: Mapping[str, Schema], refusals: Mapping[int, str]
+    api: _Api, place: str, parameters: Mapping[str, Schema], refusals: Mapping[int, str]
 ) -> Iterable[_Operation]:
-    for kind in KINDS:
-        yield _Operation(
+    for path, taken in api.paths.items():
+        operation = _Operation(
             method="post",
-            path=f"{prefix}{kind}",
-            about=f"Take a {kind} event",
-            more=_EVENTS_ABOUT,
+            path=f"{place}{api.prefix}{path}",
+            about=f"Take a {taken} event",
+            more=api.about,
             path_parameters=parameters,
-            body=partial(_Components.of, type_=type_of(kind)),
-            answers={204: None},
+            answers=api.answers,
             refusals={**refusals, **_FULL},
         )
-    yield _Operation(
-        method="post",
-        path=f"{prefix}batch",
-        about="Take events of any kind, all or none",
-        more=_EVENTS_ABOUT + " The message of a refusal names the index.",
-        path_parameters=parameters,
-        body=_batch,
-        answers={204: None},
-        refusals={**refusals, **_FULL},
-    )
-    yield _Operation(
-        method="post",
-        path=f"{prefix}alias",
-        about="Refused as by the upstream, which has it not implemented",
-        path_parameters=parameters,
-        answers={},
-        refusals=refusals,
-    )
+        if taken == "alias":
+            yield replace(
+                operation,
+                about="Refused as by the upstream, which has it not implemented",
+                more="",
+                answers={},
+                refusals=refusals,
+            )
+        elif taken == "batch":
+            yield replace(
+                operation,
+                about="Take events of any kind, all or none",
+                more=f"{api.about} The message of a refusal names the index.",
+                body=partial(_batch, api),
+            )
+        else:
+            yield replace(operation, body=partial(api.body, cast("Kind", taken)))
 
 
 def _agent_operations() -> Iterable[_Operation]:
@@ -249,11 +254,33 @@ def _plain(schema: Schema) -> Schema:
     return schema
 
 
-def _batch(components: _Components) -> Schema:
-    """Return what is posted to /batch: there is no type of the whole, which is read item by item."""
+def _of_upstream(kind: Kind, components: _Components) -> Schema:
+    return components.of(type_of(kind))
+
+
+def _of_segment(kind: Kind, components: _Components) -> Schema:
+    """Return what Segment's SDKs send: the messageId may be missing, and an id empty or null."""
+    ref, identified = components.of(type_of(kind))["$ref"], components.of(type_of(kind))["anyOf"]
+    own = components.schemas[ref.removeprefix(_REF)]
+    name = f"Segment{own['title']}"
+    loose = {id_: {"type": ["string", "number", "null"]} for id_ in _IDS}
+    components.schemas[name] = {
+        **own,
+        "title": name,
+        "required": [member for member in own["required"] if member != "messageId"],
+        "properties": {**own["properties"], **loose},
+    }
+    return {"$ref": f"{_REF}{name}", "anyOf": identified}
+
+
+_IDS = ("messageId", "userId", "anonymousId")
+
+
+def _batch(api: _Api, components: _Components) -> Schema:
+    """Return what is posted to a batch: there is no type of the whole, which is read item by item."""
     items = [
         {
-            **components.of(type_of(kind)),
+            **api.body(kind, components),
             "required": ["type"],
             "properties": {"type": {"const": kind}},
         }
@@ -270,6 +297,32 @@ def _batch(components: _Components) -> Schema:
         },
         "required": ["batch"],
     }
+
+
+_TAKEN = (*KINDS, "batch", "alias")
+
+_UPSTREAM = _Api(
+    prefix="/api/public/apps/",
+    about=_EVENTS_ABOUT,
+    paths={taken: taken for taken in _TAKEN},
+    body=_of_upstream,
+    answers={204: None},
+)
+
+_SEGMENT = _Api(
+    prefix="/v1/",
+    about="As Segment and RudderStack have it: their SDKs need no change but the host. The JSON may come"
+    " as text/plain or application/x-www-form-urlencoded, too. "
+    + _EVENTS_ABOUT.replace("204", "200"),
+    # The short forms are those of analytics.js and of Segment's mobile SDKs.
+    paths={
+        **{taken: taken for taken in _TAKEN},
+        **{taken[0]: taken for taken in _TAKEN},
+        "import": "batch",
+    },
+    body=_of_segment,
+    answers={200: Taken},
+)
 
 
 def _dead(components: _Components) -> Schema:
@@ -341,7 +394,7 @@ def _responses(operation: _Operation, components: _Components) -> Schema:
             response["content"] = {"text/plain": {"schema": {"type": "string"}}}
         elif answer is not None:
             response["content"] = _json(components.of(answer))
-        else:
+        if answer is None or answer is Taken:
             response["headers"] = {
                 "Idempotent-Replayed": {
                     "schema": {"const": "true"},
