@@ -24,7 +24,8 @@ The levels; an import goes down, never up or sideways (`tests/test_levels.py` wa
     reload                         what of it may change then
     config, observe, systemd       settings in effect; logs; the service manager
     keys                           what can be set, as a table, and how it is written in a file
-    contract                       what apps post, read strictly: JSON bytes -> Event
+    contract, segment              what apps post, read strictly: JSON bytes -> Event; what Segment's
+                                   SDKs send, in its words
     document, event, settings      a JSON tree without poison; one event; every key that can be set
     redaction                      what of an event is dropped, hashed or added before it is stored
     errors, clock, exchange, units exceptions by blame; time; one HTTP exchange as plain values;

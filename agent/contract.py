@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import msgspec
 
@@ -36,24 +36,52 @@ _SPREAD = 4
 
 Fields = dict[str, Any]
 
+Translate = Callable[[Kind, Fields], Fields]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
     """How bodies are read here.
 
     *translate* returns a message in the upstream's words, before anything is asked of it. *refine*
-    changes an event's members in place, before they are stored; what an event needs stays.
+    changes an event's members in place, before they are stored; what an event needs stays. *shared*
+    are the members of a batch that are merged into those of its events.
     """
 
     max_body_bytes: int = MAX_BODY_BYTES
-    translate: Callable[[Fields], Fields] | None = None
+    shared: tuple[str, ...] = ("context",)
+    translate: Translate | None = None
     refine: Callable[[Fields], None] | None = None
 
 
 PLAIN = Terms()
 
-_Text = str | int | float
+# What the checks further down ask beyond the types is said here for the description of the API alone
+# (`msgspec.Meta.extra_json_schema`), which costs nothing when a body is read.
+
+_Text = Annotated[str, msgspec.Meta(extra_json_schema={"minLength": 1})] | int | float
 """What the upstream makes a string of."""
+
+_Timestamp = Annotated[
+    str,
+    msgspec.Meta(
+        description="ISO 8601; without a zone it is UTC, and without it the time of receipt.",
+        extra_json_schema={"format": "date-time"},
+    ),
+]
+
+_IDENTIFIED = msgspec.Meta(
+    extra_json_schema={
+        "anyOf": [
+            {
+                "required": [name],
+                "properties": {name: {"type": ["string", "number"], "minLength": 1}},
+            }
+            for name in ("userId", "anonymousId")
+        ]
+    }
+)
+"""Of the two ids one is not null."""
 
 
 class _Message(msgspec.Struct, rename="camel"):
@@ -62,12 +90,15 @@ class _Message(msgspec.Struct, rename="camel"):
     message_id: _Text
     user_id: _Text | None = None
     anonymous_id: _Text | None = None
-    timestamp: str | None = None
+    timestamp: _Timestamp | None = None
     context: dict[str, Any] | None = None
 
 
+_FILE_TYPE = "Base64Encoded"
+
+
 class _File(msgspec.Struct, rename="camel"):
-    type: str
+    type: Annotated[str, msgspec.Meta(extra_json_schema={"const": _FILE_TYPE})]
     name: str
     mime_type: str
     data: str
@@ -86,7 +117,7 @@ class _Identify(_Message):
 class _View(_Message):
     """Of a page or a screen."""
 
-    name: _Text | None = None
+    name: str | int | float | None = None
     properties: dict[str, Any] | None = None
 
 
@@ -116,6 +147,11 @@ _SHAPES: dict[Kind, _Shape] = {
 }
 
 
+def type_of(kind: Kind) -> Any:
+    """Return the type of a body of that kind, for whoever describes it."""
+    return Annotated[_SHAPES[kind].struct, _IDENTIFIED]
+
+
 def read_event(kind: Kind, raw: bytes, *, received_ms: int, terms: Terms = PLAIN) -> Event:
     """Return the event that *raw*, a JSON body posted to the endpoint of *kind*, stands for.
 
@@ -128,15 +164,15 @@ def read_event(kind: Kind, raw: bytes, *, received_ms: int, terms: Terms = PLAIN
 def read_batch(raw: bytes, *, received_ms: int, terms: Terms = PLAIN) -> Iterator[Event]:
     """Yield the events of *raw*, a JSON body posted to /batch, in their order.
 
-    The batch's own context is merged into theirs, where it says what they do not. Raises as
-    `read_event`; the message names the item by its index.
+    The batch's own context is merged into theirs, where it says what they do not; likewise all that
+    *terms* call shared. Raises as `read_event`; the message names the item by its index.
     """
     members = read_members(raw)
     if "batch" not in members:
         raise InvalidEventError("batch: required, but missing")
-    shared = members.get("context", _NULL)
-    if shared != _NULL:
-        _within("context", read_object, shared)
+    shared = {name: members[name] for name in terms.shared if members.get(name, _NULL) != _NULL}
+    for name, value in shared.items():
+        _within(name, read_object, value)
     left_bytes = _SPREAD * terms.max_body_bytes
     for index, item in enumerate(_within("batch", read_items, members["batch"])):
         event = _within(f"batch[{index}]", _item, item, shared, received_ms, terms)
@@ -152,22 +188,23 @@ def read_batch(raw: bytes, *, received_ms: int, terms: Terms = PLAIN) -> Iterato
 _NULL = b"null"
 
 
-def _item(raw: bytes, shared: bytes, received_ms: int, terms: Terms) -> Event:
+def _item(raw: bytes, shared: dict[str, bytes], received_ms: int, terms: Terms) -> Event:
     fields = read_object(raw)
     kind = fields.get("type")
     if kind not in KINDS:
         got = f"got {shorten(repr(kind))}" if "type" in fields else "but it is missing"
         raise InvalidEventError(f"type: expected one of {', '.join(KINDS)}, {got}")
-    own = fields.get("context")
-    if shared != _NULL and (own is None or isinstance(own, dict)):
-        # Read anew for each: what one event's refining changes is not another's.
-        fields["context"] = {**read_object(shared), **(own or {})}
+    for name, value in shared.items():
+        own = fields.get(name)
+        if own is None or isinstance(own, dict):
+            # Read anew for each: what one event's refining changes is not another's.
+            fields[name] = {**read_object(value), **(own or {})}
     return _event(kind, fields, received_ms, terms)
 
 
 def _event(kind: Kind, fields: Fields, received_ms: int, terms: Terms) -> Event:
     if terms.translate is not None:
-        fields = terms.translate(fields)
+        fields = terms.translate(kind, fields)
     _normalise(fields, _SHAPES[kind])
     if terms.refine is not None:
         terms.refine(fields)
@@ -240,8 +277,6 @@ def _check_types(fields: Fields, shape: _Shape) -> None:
                 f'files[{i}].type: expected "{_FILE_TYPE}", got {shorten(repr(file["type"]))}'
             )
 
-
-_FILE_TYPE = "Base64Encoded"
 
 _EXPECTED = re.compile(r"^Expected `(?P<expected>.*)`, got `(?P<got>.*)`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<name>.*)`$")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -31,6 +31,21 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     headers: Mapping[str, str]
     body: bytes
     peer: int | None = None
+
+
+class Refusal(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """The body of an error answer. *code* is for programs, *message* for people."""
+
+    status_code: int
+    code: str
+    error: str
+    message: str
+
+
+class Taken(msgspec.Struct, frozen=True):
+    """The body of Segment's own answer to what it takes."""
+
+    success: Literal[True] = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,15 +75,10 @@ def refuse(
     retry_after_s: float | None = None,
     close: bool = False,
 ) -> Answer:
-    """Return an error answer: `{"statusCode", "code", "error", "message"}`.
+    """Return an error answer, a `Refusal`.
 
     *retry_after_s* is sent rounded up to whole seconds, as Retry-After requires (RFC 9110, 10.2.3).
     """
     headers = {} if retry_after_s is None else {"Retry-After": str(math.ceil(retry_after_s))}
-    body = {
-        "statusCode": status,
-        "code": code,
-        "error": HTTPStatus(status).phrase,
-        "message": message,
-    }
+    body = Refusal(status_code=status, code=code, error=HTTPStatus(status).phrase, message=message)
     return Answer(status=status, body=msgspec.json.encode(body), headers=headers, close=close)

@@ -293,6 +293,8 @@ def test_a_stranger_learns_nothing_of_limits() -> None:
         (gzip.compress(b"hello", mtime=0), "GZIP"),
         (gzip.compress(b"hello", mtime=0), "x-gzip"),
         (zlib.compress(b"hello"), "deflate"),
+        (zlib.compress(b"hello", wbits=-15), "deflate"),
+        (zlib.compress(b"hello", level=0, wbits=-15), "Deflate"),
     ],
 )
 def test_a_body_is_returned_without_its_encoding(body: bytes, encoding: str) -> None:
@@ -332,12 +334,13 @@ def test_the_limit_is_of_the_inflated_body() -> None:
     assert (refused.status, refused.close) == (413, True)
 
 
-def test_a_bomb_takes_no_more_memory_than_the_largest_body() -> None:
-    bomb = gzip.compress(bytes(1000 * LIMIT_BYTES))
+@pytest.mark.parametrize(("encoding", "wbits"), [("gzip", 31), ("deflate", 15), ("deflate", -15)])
+def test_a_bomb_takes_no_more_memory_than_the_largest_body(encoding: str, wbits: int) -> None:
+    bomb = zlib.compress(bytes(1000 * LIMIT_BYTES), wbits=wbits)
     assert len(bomb) <= LIMIT_BYTES
     tracemalloc.start()
     try:
-        refused = guard().inflate(bomb, "gzip")
+        refused = guard().inflate(bomb, encoding)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -84,12 +84,12 @@ class Ingest:
         self.port = 0
         self.session: aiohttp.ClientSession
         self._path = path
-        self._routes = Routes(writer, clock, terms=Terms(max_body_bytes=LIMIT_BYTES))
+        self.routes = Routes(writer, clock, terms=Terms(max_body_bytes=LIMIT_BYTES))
         self._begun = asyncio.Event()
         self._requests = 0
 
     def handle(self, request: Request) -> Reply:
-        reply = self._routes.answer(request)
+        reply = self.routes.answer(request)
         self._requests += 1
         self._begun.set()
         return reply

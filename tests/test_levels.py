@@ -31,8 +31,10 @@ DECISIONS = (
     "forward.disposition",
     "forward.lanes",
     "forward.trials",
+    "forward.waits",
     "ingest.callers",
     "ingest.destinations",
+    "ingest.dialect",
     "ingest.guard",
     "ingest.wire",
     "keys",
@@ -43,6 +45,7 @@ DECISIONS = (
     "outbox.salvage.rows",
     "redaction",
     "reload",
+    "segment",
     "settings",
     "units",
 )

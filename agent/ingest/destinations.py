@@ -6,7 +6,7 @@ Pure. Knows digests of keys, and no key: what an app sent is forgotten with its 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from agent.exchange import Answer, Request, refuse
 from agent.outbox.records import label, unlabel
@@ -58,12 +58,17 @@ class Destinations:
             )
         return upstream, behind
 
-    def of_key(self, request: Request) -> str | Answer:
-        """Return the upstream that claims the key in *request*; the default one where none does."""
+    def of_key(
+        self, request: Request, key_in: Callable[[bytes], str] = lambda _: ""
+    ) -> str | Answer:
+        """Return the upstream that claims the key in *request*; the default one where none does.
+
+        Where its head has none, *key_in* may find one in its body.
+        """
         if not self._digests and not self._unknown:
             return ""
-        authorization = request.headers.get("authorization", "")
-        sent = [] if app_token(authorization) else app_keys(authorization)
+        key = request.headers.get("authorization", "") or key_in(request.body)
+        sent = [] if app_token(key) else app_keys(key)
         for digest in map(key_digest, sent):
             # All are compared, each in constant time: how long it takes tells nothing of them.
             found = [

@@ -20,6 +20,9 @@ _LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _GZIP_OR_ZLIB = 47
 """zlib's wbits: 32 detects either header, 15 is the largest window (zlib manual, inflateInit2)."""
 
+_RAW = -15
+"""The same window without any header (zlib manual, inflateInit2)."""
+
 _FOR_PAGES = ("/api/public/", "/v1/")
 """What an allowed origin may reach: where events are posted, and nothing else."""
 
@@ -153,7 +156,9 @@ class Guard:
         """Return the body without its Content-Encoding, or the refusal of a bad or huge one."""
         if encoding.lower() == "identity":
             return body
-        inflater = zlib.decompressobj(wbits=_GZIP_OR_ZLIB)
+        # RFC 9110, 8.4.1.2: some call it deflate and leave out the header that belongs to it.
+        bare = encoding.lower() == "deflate" and not _has_header(body)
+        inflater = zlib.decompressobj(wbits=_RAW if bare else _GZIP_OR_ZLIB)
         try:
             plain = inflater.decompress(body, self.max_body_bytes + 1)
         except zlib.error as exc:
@@ -165,6 +170,12 @@ class Guard:
         if inflater.unused_data:
             return _bad_encoding(encoding, "something follows the compressed data")
         return plain
+
+
+def _has_header(body: bytes) -> bool:
+    """Tell whether compressed data begins as RFC 1950 (zlib) or 1952 (gzip) has it."""
+    first = int.from_bytes(body[:2], "big")
+    return first == 0x1F8B or (first >> 8 & 0x0F == 8 and first % 31 == 0)
 
 
 def _without_port(host: str) -> str:

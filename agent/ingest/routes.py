@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import msgspec
 import structlog
@@ -18,25 +17,16 @@ import structlog
 from agent.clock import Clock
 from agent.contract import PLAIN, Terms, read_event
 from agent.errors import InvalidEventError, OutboxError
-from agent.event import KINDS, Event, Kind
-from agent.exchange import REPLAYED, STORED, Answer, Request, refuse
+from agent.event import Event
+from agent.exchange import Answer, Request, refuse
 from agent.ingest.callers import Callers
 from agent.ingest.destinations import PREFIX, Destinations
+from agent.ingest.dialect import APPS, ENDPOINTS, Dialect, Endpoint, media_type
 from agent.ingest.reply import Handler, Later, Reply
 from agent.ingest.turns import Turns
 from agent.outbox.records import Appended
 from agent.outbox.refusals import refuse_for
 from agent.outbox.writer import Writer
-
-Endpoint = Kind | Literal["batch"]
-"""What follows /api/public/apps/."""
-
-_APPS = "/api/public/apps/"
-
-_ENDPOINTS: dict[str, Endpoint] = {
-    **{_APPS + kind: kind for kind in KINDS},
-    f"{_APPS}batch": "batch",
-}
 
 log = structlog.get_logger()
 
@@ -82,11 +72,9 @@ class Routes:
                 return destination
             upstream, path = destination
         if request.method == "POST":
-            endpoint = _ENDPOINTS.get(path)
-            if endpoint is not None:
-                return self._take(endpoint, request, upstream)
-            if path == _ALIAS:
-                return _NO_ALIAS
+            found = ENDPOINTS.get(path)
+            if found is not None:
+                return self._take(*found, request, upstream)
         if upstream is None:  # what is not about events has one place
             for mount in self._mounts:
                 if mount.serves(path):
@@ -94,54 +82,70 @@ class Routes:
         return refuse(
             404,
             "AGENT_NOT_FOUND",
-            f"Route {request.method}:{request.path[:200]} not found; events go to POST {_APPS}track,"
+            f"Route {request.method}:{request.path[:200]} not found; events go to POST {APPS}track,"
             " identify, page, screen, group or batch",
         )
 
-    def _take(self, endpoint: Endpoint, request: Request, upstream: str | None) -> Reply:
+    def _take(
+        self, dialect: Dialect, endpoint: Endpoint, request: Request, upstream: str | None
+    ) -> Reply:
         """Take events for the *upstream* that the path names; None: for the one that the key means."""
-        app = self.callers.app_of(request, self._writer.apps)
+        if endpoint == "alias":
+            return _NO_ALIAS
+        app = self.callers.app_of(request, self._writer.apps, dialect.key_in)
         if isinstance(app, Answer):
             return app
         content_type = request.headers.get("content-type", "")
-        if content_type != _JSON and not _is_json(content_type) and not _is_beacon(request):
+        if content_type != _JSON and not dialect.reads(content_type) and not _is_beacon(request):
             return refuse(
                 415,
                 "FST_ERR_CTP_INVALID_MEDIA_TYPE",
                 f"Content-Type: expected application/json, got {content_type[:100]!r}",
             )
         if endpoint == "batch":
-            return self._take_batch(request, upstream, app)
+            return self._take_batch(dialect, request, upstream, app)
+        terms = dialect.terms(self.terms)
         try:
             event = read_event(
-                endpoint, request.body, received_ms=self._clock.wall_ms(), terms=self.terms
+                endpoint, request.body, received_ms=self._clock.wall_ms(), terms=terms
             )
         except InvalidEventError as exc:
             return refuse(exc.status, exc.code, str(exc))
-        return self._append([event], request, upstream, app)
+        return self._append([event], dialect, request, upstream, app)
 
-    async def _take_batch(self, request: Request, upstream: str | None, app: str) -> Answer:
+    async def _take_batch(
+        self, dialect: Dialect, request: Request, upstream: str | None, app: str
+    ) -> Answer:
         """Take all events of a batch, or none of them."""
         try:
             events = await self._turns.read(
-                request.body, received_ms=self._clock.wall_ms(), terms=self.terms
+                request.body,
+                received_ms=self._clock.wall_ms(),
+                terms=dialect.terms(self.terms),
             )
         except InvalidEventError as exc:
             return refuse(exc.status, exc.code, str(exc))
         except OutboxError as exc:
             return refuse_for(exc)
         if not events:
-            return STORED
-        reply = self._append(events, request, upstream, app)
+            return dialect.stored
+        reply = self._append(events, dialect, request, upstream, app)
         if isinstance(reply, Answer):
             return reply
         await asyncio.wait([reply.future])
         return reply.answer(reply.future)
 
     def _append(
-        self, events: list[Event], request: Request, upstream: str | None, app: str
+        self,
+        events: list[Event],
+        dialect: Dialect,
+        request: Request,
+        upstream: str | None,
+        app: str,
     ) -> Answer | Later[list[Appended]]:
-        destination = self.destinations.of_key(request) if upstream is None else upstream
+        destination = (
+            self.destinations.of_key(request, dialect.key_in) if upstream is None else upstream
+        )
         if isinstance(destination, Answer):
             return destination
         if destination or app:
@@ -152,10 +156,12 @@ class Routes:
             committed = self._writer.append(events)
         except OutboxError as exc:
             return refuse_for(exc)
-        return Later(committed, partial(_stored, events))
+        return Later(committed, partial(_stored, events, dialect))
 
 
-def _stored(events: list[Event], committed: asyncio.Future[list[Appended]]) -> Answer:
+def _stored(
+    events: list[Event], dialect: Dialect, committed: asyncio.Future[list[Appended]]
+) -> Answer:
     try:
         outcomes = committed.result()
     except OutboxError as exc:
@@ -163,17 +169,12 @@ def _stored(events: list[Event], committed: asyncio.Future[list[Appended]]) -> A
     for event, appended in zip(events, outcomes, strict=True):
         if appended is Appended.CONFLICTING:
             log.warning("event.conflicting", message_id=event.message_id)
-    return STORED if Appended.STORED in outcomes else REPLAYED
+    return dialect.stored if Appended.STORED in outcomes else dialect.replayed
 
 
-_ALIAS = f"{_APPS}alias"
 _NO_ALIAS = refuse(400, "AGENT_NOT_IMPLEMENTED", "Not yet implemented.")
 
 _JSON = "application/json"
-
-
-def _is_json(content_type: str) -> bool:
-    return _media_type(content_type) == _JSON
 
 
 def _is_beacon(request: Request) -> bool:
@@ -182,8 +183,4 @@ def _is_beacon(request: Request) -> bool:
     Any page can send that without asking; but one that is not allowed did not pass the guard.
     """
     content_type = request.headers.get("content-type", "")
-    return "origin" in request.headers and _media_type(content_type) == "text/plain"
-
-
-def _media_type(content_type: str) -> str:
-    return content_type.partition(";")[0].strip().lower()
+    return "origin" in request.headers and media_type(content_type) == "text/plain"

@@ -267,6 +267,8 @@ class Store:
         ((self.last_seq,),) = self.fetch(_LAST_SEQ)
         self.withdrawn = 0
         """How many pending events were evicted or expired: whoever has read some must look again."""
+        self.withdrawn_upto = 0
+        """The highest seq among those."""
         self.waiting: Mapping[str, int] = dict(self.fetch(_NAMED))
         """How many events are pending for each named upstream that has some.
 
@@ -276,9 +278,15 @@ class Store:
         self._waiting_more: Counter[str] = Counter()
         """What the open transaction changes of that."""
         self.apps = Apps(db)
+        self._withdrawing: list[int] = []
+        """What the open transaction evicts and expires."""
 
     def committed(self) -> None:
         self.ids.committed()
+        if self._withdrawing:
+            self.withdrawn_upto = max(self.withdrawn_upto, *self._withdrawing)
+            self.withdrawn += len(self._withdrawing)
+            self._withdrawing = []
         if self._waiting_more:
             waiting = Counter(self.waiting)
             waiting.update(self._waiting_more)
@@ -290,6 +298,7 @@ class Store:
         self.ids.rolled_back()
         self.apps.rolled_back()
         self._waiting_more = Counter()
+        self._withdrawing = []
 
     def append(self, events: Sequence[Event]) -> list[Appended]:
         """Queue the events whose ids are not known yet; return what became of each, in order."""
@@ -443,7 +452,7 @@ class Store:
         self._delete_pending(seqs, "discarded")
         evicted = self._forget(seqs, "pending")
         self.change(_COUNT_EVICTED, n=evicted)
-        self.withdrawn += evicted
+        self._withdrawing += seqs
         return evicted
 
     def expire(self, cutoff_ms: int, *, now_ms: int, limit: int) -> int:
@@ -462,7 +471,7 @@ class Store:
                 for (seq,) in seqs
             ]
         )
-        self.withdrawn += expired
+        self._withdrawing += [seq for (seq,) in seqs]
         return expired
 
     def pending(self) -> int:
