@@ -24,7 +24,8 @@ The levels; an import goes down, never up or sideways (`tests/test_levels.py` wa
     reload                         what of it may change then
     config, observe, systemd       settings in effect; logs; the service manager
     keys                           what can be set, as a table, and how it is written in a file
-    event, settings                the contract: JSON bytes -> Event; every key that can be set
+    contract                       what apps post, read strictly: JSON bytes -> Event
+    document, event, settings      a JSON tree without poison; one event; every key that can be set
     errors, clock, exchange, units exceptions by blame; time; one HTTP exchange as plain values;
                                    durations, sizes and secrets as people write them
 """

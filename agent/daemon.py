@@ -32,6 +32,7 @@ from agent import __version__
 from agent.clock import Clock, SystemClock
 from agent.config import Loaded, files_beside, refresh
 from agent.console.control import PREFIX, Control
+from agent.contract import Terms
 from agent.errors import OutboxError
 from agent.forward.backoff import Backoff
 from agent.forward.budget import Budget, Window
@@ -185,7 +186,7 @@ class _Parts:
         self.log_as(settings)  # first: it masks the new key
         self.writer.adopt(_policy(settings))
         self.guard.adopt(_guard(settings))
-        self.routes.max_body_bytes = settings.ingest.max_body
+        self.routes.terms = _terms(settings)
         self.routes.destinations = _destinations(loaded, self.forwarders, self.app_keys)
         self.app_keys = loaded.app_keys
         self.control.adopt(
@@ -286,7 +287,7 @@ def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> R
     return Routes(
         writer,
         clock,
-        max_body_bytes=loaded.settings.ingest.max_body,
+        terms=_terms(loaded.settings),
         destinations=_destinations(loaded, ("", *loaded.settings.upstreams), {}),
         mounts=(
             Mount(PREFIX, control.answer),
@@ -295,6 +296,10 @@ def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> R
             Mount("/metrics", control.metrics),
         ),
     )
+
+
+def _terms(settings: Settings) -> Terms:
+    return Terms(max_body_bytes=settings.ingest.max_body)
 
 
 def _destinations(

@@ -19,7 +19,8 @@ import msgspec
 import uvloop
 
 from agent.clock import SystemClock
-from agent.event import Event, parse_track
+from agent.contract import read_event
+from agent.event import Event
 from agent.outbox.records import Appended
 from agent.outbox.writer import Policy, Writer, open_writer
 from benchmarks import events
@@ -73,7 +74,7 @@ def _writer(outbox: Path) -> AbstractAsyncContextManager[Writer]:
 
 def _groups(count: int, seed: int, *, size: int) -> Iterator[list[Event]]:
     now_ms = SystemClock().wall_ms()
-    made = (parse_track(body, received_ms=now_ms) for body in events.bodies(count, seed))
+    made = (read_event("track", body, received_ms=now_ms) for body in events.bodies(count, seed))
     while group := list(itertools.islice(made, size)):
         yield group
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.event import parse_track
+from agent.contract import read_event
 from benchmarks import events
 from benchmarks.load import percentile
 from benchmarks.processes import ROOT
@@ -60,7 +60,7 @@ def test_the_herd_is_shown_beside_a_naive_one(tmp_path: Path) -> None:
 def test_each_event_of_a_load_is_another_and_such_as_the_agent_takes() -> None:
     bodies = list(events.bodies(500, seed=1))
     assert bodies == list(events.bodies(500, seed=1)), "the bare client could not post the same"
-    parsed = [parse_track(body, received_ms=0) for body in bodies]
+    parsed = [read_event("track", body, received_ms=0) for body in bodies]
     assert len({event.message_id for event in parsed}) == 500
     assert {len(body) for body in bodies} == {events.BODY_BYTES}
     assert 400 <= events.BODY_BYTES <= 500

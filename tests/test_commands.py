@@ -29,8 +29,8 @@ from agent.console.commands import cli
 from agent.console.diagnosis import duration, exit_code, findings
 from agent.console.invocation import Program
 from agent.console.status import OutboxStatus, Status
+from agent.contract import read_event
 from agent.errors import AgentError, ConfigError
-from agent.event import parse_track
 from agent.outbox.reader import open_own_reader, open_reader
 from agent.outbox.records import Ack, Bury, Ledger, Selection
 from agent.outbox.writer import Policy, Writer, open_writer
@@ -94,7 +94,8 @@ async def append(writer: Writer, *bodies: dict[str, Any], age_s: float = 0) -> N
     received_ms = SystemClock().wall_ms() - round(age_s * 1000)
     await writer.append(
         [
-            parse_track(
+            read_event(
+                "track",
                 json.dumps({"event": "Paid", "userId": "ann", **body}).encode(),
                 received_ms=received_ms,
             )

@@ -20,8 +20,8 @@ import aiohttp
 import pytest
 from structlog.testing import capture_logs
 
+from agent.contract import Terms, read_event
 from agent.errors import AgentError
-from agent.event import parse_track
 from agent.exchange import Answer, Request
 from agent.ingest.guard import Guard
 from agent.ingest.reply import Handler, Reply
@@ -78,7 +78,7 @@ class Ingest:
         self.port = 0
         self.session: aiohttp.ClientSession
         self._path = path
-        self._routes = Routes(writer, clock, max_body_bytes=LIMIT_BYTES)
+        self._routes = Routes(writer, clock, terms=Terms(max_body_bytes=LIMIT_BYTES))
         self._begun = asyncio.Event()
         self._requests = 0
 
@@ -310,7 +310,6 @@ async def test_a_bad_event_is_a_400_that_names_the_field(
         ("PUT", TRACK),
         ("OPTIONS", TRACK),
         ("POST", f"{TRACK}/"),
-        ("POST", "/api/public/apps/alias"),
         ("POST", "/"),
         ("POST", "/api/public/apps/track/../nothing"),
         ("GET", "/" + "x" * 2000),
@@ -489,7 +488,7 @@ async def test_a_full_outbox_is_a_507_that_says_when_to_retry(tmp_path: Path) ->
 
 async def test_an_overloaded_writer_is_a_503_that_says_when_to_retry(ingest: Ingest) -> None:
     async with ingest.writer_held():
-        events = [parse_track(track(f"m{n}"), received_ms=0) for n in range(QUEUE_EVENTS)]
+        events = [read_event("track", track(f"m{n}"), received_ms=0) for n in range(QUEUE_EVENTS)]
         full = ingest.writer.append(events)
         answer = await ingest.post(track("one more"))
     assert_refused(answer, 503, "AGENT_OVERLOADED")

@@ -16,6 +16,8 @@ ROOT = Path(agent.__file__).parent
 
 DECISIONS = (
     "console.sandbox_contract",
+    "contract",
+    "document",
     "errors",
     "event",
     "exchange",

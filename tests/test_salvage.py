@@ -22,7 +22,8 @@ from faults.verdict import Extents, Spared, extents_of, judge
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.event import parse_track, proof_of
+from agent.contract import read_event
+from agent.event import proof_of
 from agent.outbox.salvage import (
     Report,
     Survivor,
@@ -264,7 +265,7 @@ def test_a_seq_out_of_order_is_damage() -> None:
 @pytest.mark.parametrize("stamp", [{}, {"timestamp": "2026-11-23T10:00:00.000Z"}])
 def test_a_body_is_proven_by_the_digest_that_it_was_accepted_with(stamp: dict[str, str]) -> None:
     fields = {"messageId": "m", "event": "e", "userId": "u", **stamp}
-    event = parse_track(json.dumps(fields).encode(), received_ms=1_800_000_000_000)
+    event = read_event("track", json.dumps(fields).encode(), received_ms=1_800_000_000_000)
     assert proof_of(event.body, {event.digest, b"another"}) == event.digest
     assert proof_of(event.body.replace(b"u", b"v"), {event.digest}) is None
     assert rows.message_id_in(event.body) == "m"

@@ -28,8 +28,9 @@ from processes import DEADLINE_S, AgentProcess, free_port, running_agent
 from agent.clock import SystemClock
 from agent.config import effective, load
 from agent.console.sandbox import Sandbox
+from agent.contract import Terms, read_event
 from agent.errors import ConfigError, OutboxFullError
-from agent.event import Event, parse_track
+from agent.event import Event
 from agent.exchange import Answer, Request
 from agent.ingest.destinations import Destinations
 from agent.ingest.guard import Guard
@@ -53,7 +54,7 @@ TRACK = "/api/public/apps/track"
 
 def event(message_id: str, upstream: str = "", *, user: str = "u", filler: str = "") -> Event:
     body = {"messageId": message_id, "event": "Sold", "userId": user, "properties": {"f": filler}}
-    parsed = parse_track(json.dumps(body).encode(), received_ms=1_780_000_000_000)
+    parsed = read_event("track", json.dumps(body).encode(), received_ms=1_780_000_000_000)
     return msgspec.structs.replace(parsed, upstream=upstream)
 
 
@@ -396,7 +397,7 @@ def routes(books: Books, destinations: Destinations = DESTINATIONS) -> Routes:
     return Routes(
         books,  # type: ignore[arg-type]
         SystemClock(),
-        max_body_bytes=1000,
+        terms=Terms(max_body_bytes=1000),
         mounts=mounts,
         destinations=destinations,
     )

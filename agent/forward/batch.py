@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
-from agent.event import MAX_BODY_BYTES, Kind
+from agent.contract import MAX_BODY_BYTES
+from agent.event import Kind
 
 _OPENING, _CLOSING = b'{"batch":[', b"]}"
 

@@ -10,13 +10,15 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import msgspec
 import structlog
 
 from agent.clock import Clock
+from agent.contract import PLAIN, Terms, read_batch, read_event
 from agent.errors import InvalidEventError, OutboxError
-from agent.event import parse_track
+from agent.event import KINDS, Event, Kind
 from agent.exchange import REPLAYED, STORED, Answer, Request, refuse
 from agent.ingest.destinations import PREFIX, Destinations
 from agent.ingest.reply import Handler, Later, Reply
@@ -24,7 +26,18 @@ from agent.outbox.records import Appended
 from agent.outbox.refusals import refuse_for
 from agent.outbox.writer import Writer
 
-_TRACK = "/api/public/apps/track"
+Endpoint = Kind | Literal["batch"]
+"""What follows /api/public/apps/."""
+
+_APPS = "/api/public/apps/"
+
+_ENDPOINTS: dict[str, Endpoint] = {
+    **{_APPS + kind: kind for kind in KINDS},
+    f"{_APPS}batch": "batch",
+}
+
+_YIELD_EVENTS = 128
+"""After so many events of a batch others have a turn: some milliseconds of reading."""
 
 log = structlog.get_logger()
 
@@ -48,14 +61,14 @@ class Routes:
         writer: Writer,
         clock: Clock,
         *,
-        max_body_bytes: int,
+        terms: Terms = PLAIN,
         mounts: Iterable[Mount] = (),
         destinations: Destinations | None = None,
     ) -> None:
         self._writer = writer
         self._clock = clock
-        self.max_body_bytes = max_body_bytes
-        """The largest body that is read as an event; it may change from one request to the next."""
+        self.terms = terms
+        """How bodies are read; they may change from one request to the next."""
         self._mounts = tuple(mounts)
         self.destinations = destinations or Destinations()
 
@@ -66,8 +79,12 @@ class Routes:
             if isinstance(destination, Answer):
                 return destination
             upstream, path = destination
-        if request.method == "POST" and path == _TRACK:
-            return self._track(request, upstream)
+        if request.method == "POST":
+            endpoint = _ENDPOINTS.get(path)
+            if endpoint is not None:
+                return self._take(endpoint, request, upstream)
+            if path == _ALIAS:
+                return _NO_ALIAS
         if upstream is None:  # what is not about events has one place
             for mount in self._mounts:
                 if mount.serves(path):
@@ -75,11 +92,12 @@ class Routes:
         return refuse(
             404,
             "AGENT_NOT_FOUND",
-            f"Route {request.method}:{request.path[:200]} not found; events go to POST {_TRACK}",
+            f"Route {request.method}:{request.path[:200]} not found; events go to POST {_APPS}track,"
+            " identify, page, screen, group or batch",
         )
 
-    def _track(self, request: Request, upstream: str | None) -> Reply:
-        """Take an event for the *upstream* that the path names; None: for the one that its key means."""
+    def _take(self, endpoint: Endpoint, request: Request, upstream: str | None) -> Reply:
+        """Take events for the *upstream* that the path names; None: for the one that the key means."""
         content_type = request.headers.get("content-type", "")
         if content_type != _JSON and not _is_json(content_type):
             return refuse(
@@ -87,40 +105,63 @@ class Routes:
                 "FST_ERR_CTP_INVALID_MEDIA_TYPE",
                 f"Content-Type: expected application/json, got {content_type[:100]!r}",
             )
+        if endpoint == "batch":
+            return self._take_batch(request, upstream)
         try:
-            event = parse_track(
-                request.body,
-                received_ms=self._clock.wall_ms(),
-                max_body_bytes=self.max_body_bytes,
+            event = read_event(
+                endpoint, request.body, received_ms=self._clock.wall_ms(), terms=self.terms
             )
         except InvalidEventError as exc:
             return refuse(exc.status, exc.code, str(exc))
+        return self._append([event], request, upstream)
+
+    async def _take_batch(self, request: Request, upstream: str | None) -> Answer:
+        """Take all events of a batch, or none. A large one leaves turns to others while it is read."""
+        events: list[Event] = []
+        batch = read_batch(request.body, received_ms=self._clock.wall_ms(), terms=self.terms)
+        try:
+            for event in batch:
+                events.append(event)
+                if len(events) % _YIELD_EVENTS == 0:
+                    await asyncio.sleep(0)
+        except InvalidEventError as exc:
+            return refuse(exc.status, exc.code, str(exc))
+        if not events:
+            return STORED
+        reply = self._append(events, request, upstream)
+        if isinstance(reply, Answer):
+            return reply
+        await asyncio.wait([reply.future])
+        return reply.answer(reply.future)
+
+    def _append(
+        self, events: list[Event], request: Request, upstream: str | None
+    ) -> Answer | Later[list[Appended]]:
         destination = self.destinations.of_key(request) if upstream is None else upstream
         if isinstance(destination, Answer):
             return destination
         if destination:
-            event = msgspec.structs.replace(event, upstream=destination)
+            events = [msgspec.structs.replace(event, upstream=destination) for event in events]
         try:
-            committed = self._writer.append([event])
+            committed = self._writer.append(events)
         except OutboxError as exc:
             return refuse_for(exc)
-        return Later(committed, partial(_stored, event.message_id))
+        return Later(committed, partial(_stored, events))
 
 
-def _stored(message_id: str, committed: asyncio.Future[list[Appended]]) -> Answer:
+def _stored(events: list[Event], committed: asyncio.Future[list[Appended]]) -> Answer:
     try:
-        (appended,) = committed.result()
+        outcomes = committed.result()
     except OutboxError as exc:
         return refuse_for(exc)
-    match appended:
-        case Appended.STORED:
-            return STORED
-        case Appended.REPLAYED:
-            return REPLAYED
-        case Appended.CONFLICTING:
-            log.warning("event.conflicting", message_id=message_id)
-            return REPLAYED
+    for event, appended in zip(events, outcomes, strict=True):
+        if appended is Appended.CONFLICTING:
+            log.warning("event.conflicting", message_id=event.message_id)
+    return STORED if Appended.STORED in outcomes else REPLAYED
 
+
+_ALIAS = f"{_APPS}alias"
+_NO_ALIAS = refuse(400, "AGENT_NOT_IMPLEMENTED", "Not yet implemented.")
 
 _JSON = "application/json"
 

@@ -85,7 +85,10 @@ class Intake:
     def append(self, events: Sequence[Event]) -> asyncio.Future[list[Appended]]:
         """Queue *events*. Raises `OutboxOverloadedError`."""
         body_bytes = sum(len(event.body) for event in events)
-        if self._events + len(events) > QUEUE_EVENTS or self._bytes + body_bytes > QUEUE_BYTES:
+        crowded = (
+            self._events + len(events) > QUEUE_EVENTS or self._bytes + body_bytes > QUEUE_BYTES
+        )
+        if crowded and self._events:  # one batch may have more: alone it gets in
             raise OutboxOverloadedError(
                 f"{self._events} events wait to be stored already"
                 f" (at most {QUEUE_EVENTS}, {QUEUE_BYTES} bytes); send again shortly"

@@ -21,7 +21,7 @@ from faults.witness import Witness
 from processes import DEADLINE_S, AgentProcess, free_port
 
 from agent.console.sandbox import DEFAULT_WRITE_KEY, Fault, Sandbox
-from agent.event import parse_track
+from agent.contract import read_event
 from agent.outbox import schema
 
 FORWARD = """
@@ -230,7 +230,7 @@ def make_first_version(outbox: Path) -> list[dict[str, Any]]:
         for statement in schema.MIGRATIONS[0]:
             db.execute(statement)
         for seq, posted in enumerate(kept, 1):
-            parsed = parse_track(json.dumps(posted).encode(), received_ms=seq)
+            parsed = read_event("track", json.dumps(posted).encode(), received_ms=seq)
             db.execute(
                 "INSERT INTO event VALUES (?, ?, ?, 'pending', ?, NULL)",
                 (seq, parsed.message_id, parsed.digest, seq),

@@ -25,7 +25,8 @@ from typing import Any, get_args
 import msgspec
 
 from agent.console.receipts import view
-from agent.event import Event, parse_track
+from agent.contract import read_event
+from agent.event import Event
 from agent.outbox import schema
 from agent.outbox.reader import open_reader
 from agent.outbox.records import Ack, Bury, Reason, Retry, Selection, State
@@ -117,7 +118,7 @@ def _event(message_id: str, user: str, clock: _Clock) -> Event:
         "timestamp": "2026-05-28T20:26:40.000Z",
         "properties": {"name": "Käse ☕", "price": 1.10, "it's": [True, None]},
     }
-    return parse_track(json.dumps(body).encode(), received_ms=clock.wall_ms())
+    return read_event("track", json.dumps(body).encode(), received_ms=clock.wall_ms())
 
 
 async def _fill(outbox: Path) -> None:

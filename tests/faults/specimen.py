@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from agent.clock import SystemClock
-from agent.event import Event, parse_track
+from agent.contract import read_event
+from agent.event import Event
 from agent.outbox.records import Ack, Bury, Retry
 from agent.outbox.writer import Policy, open_writer
 
@@ -101,7 +102,7 @@ def event(number: int, rng: random.Random) -> Event:
     }
     if rng.random() < 1 / 2:
         fields["timestamp"] = "2026-11-23T10:00:00.000Z"
-    return parse_track(json.dumps(fields).encode(), received_ms=_NOW_MS + number)
+    return read_event("track", json.dumps(fields).encode(), received_ms=_NOW_MS + number)
 
 
 async def _live(path: Path, events: int, killed_into: Path | None) -> set[str]:

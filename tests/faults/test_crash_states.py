@@ -24,8 +24,8 @@ from faults.promises import Promises
 from faults.syscalls import Opened, Operation, Resized, Sent, Synced, Unlinked, Written
 
 from agent.clock import SystemClock
+from agent.contract import read_event
 from agent.errors import OutboxError
-from agent.event import parse_track
 from agent.outbox.writer import Policy, open_writer
 
 SEED = 20261123
@@ -167,7 +167,7 @@ async def reopening(state: State, promises: Promises, folder: Path) -> list[str]
     """Open *state* with the agent's own writer, store one event more, and return what is wrong then."""
     state.write_to(folder)
     posted = crash_runs.event("after-the-cut")
-    event = parse_track(json.dumps(posted).encode(), received_ms=0)
+    event = read_event("track", json.dumps(posted).encode(), received_ms=0)
     policy = Policy(max_bytes=64 * 1024 * 1024, evicts=False, remember=True)
     try:
         async with open_writer(folder / "outbox.db", policy, SystemClock()) as writer:

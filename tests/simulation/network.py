@@ -22,7 +22,7 @@ from simulation.scenario import Choices, Fault, Kind
 from simulation.tracked import Attempt, Tracked
 from simulation.virtual_time import EPOCH_MS, VirtualLoop, World
 
-from agent.event import MAX_BODY_BYTES
+from agent.contract import MAX_BODY_BYTES
 from agent.forward import upstream as client
 from agent.forward.disposition import Outcome, Response, classify
 

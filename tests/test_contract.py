@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from agent.contract import MAX_BODY_BYTES, Terms, read_event
 from agent.errors import InvalidEventError
-from agent.event import MAX_BODY_BYTES, Event, lane_of, parse_track, rfc3339
+from agent.event import Event, lane_of, rfc3339
 
 RECEIVED_MS = 1_700_000_000_123
 RECEIVED = "2023-11-14T22:13:20.123Z"
@@ -39,7 +40,7 @@ def track_text(member: str) -> bytes:
 
 
 def parse(raw: bytes) -> Event:
-    return parse_track(raw, received_ms=RECEIVED_MS)
+    return read_event("track", raw, received_ms=RECEIVED_MS)
 
 
 def stored(raw: bytes) -> dict[str, Any]:
@@ -614,9 +615,9 @@ def test_the_limit_counts_the_body_as_it_would_be_sent() -> None:
 
 def test_the_configured_limit_is_the_one_that_counts() -> None:
     body_bytes = len(parse(track()).body)
-    assert parse_track(track(), received_ms=0, max_body_bytes=body_bytes)
+    assert read_event("track", track(), received_ms=0, terms=Terms(max_body_bytes=body_bytes))
     with pytest.raises(InvalidEventError) as caught:
-        parse_track(track(), received_ms=0, max_body_bytes=body_bytes - 1)
+        read_event("track", track(), received_ms=0, terms=Terms(max_body_bytes=body_bytes - 1))
     assert caught.value.status == 413
 
 
@@ -655,8 +656,8 @@ def test_checking_a_body_takes_memory_in_proportion_to_it() -> None:
 
 def test_the_digest_of_a_retry_is_that_of_the_first_try() -> None:
     raw = track_without("timestamp")
-    first = parse_track(raw, received_ms=1_000)
-    again = parse_track(raw, received_ms=2_000)
+    first = read_event("track", raw, received_ms=1_000)
+    again = read_event("track", raw, received_ms=2_000)
     assert first.digest == again.digest
     assert len(first.digest) == 16
     assert first.body != again.body
