@@ -27,7 +27,7 @@ import platformdirs
 from agent.errors import ConfigError
 from agent.keys import KEYS, PREFIX, STRUCTS, UPSTREAMS, Key, bare, keys_with, shown, toml
 from agent.settings import DEFAULT_UPSTREAM, UPSTREAM_NAME, Forward, NamedUpstream, Settings
-from agent.units import Bytes, Seconds, WriteKey, app_keys, key_digest
+from agent.units import Bytes, Seconds, WriteKey, app_keys, key_digest, why_readable
 
 APP = "tranthor-agent"
 FILE_VARIABLE = f"{PREFIX}CONFIG"
@@ -172,6 +172,7 @@ def _settled(
         if f"{_section(name)}.write_key" not in told:
             problems += _settle_key(name, values, origins, environ, file)
         problems += _file_problems(_section(name), values)
+        problems += _readable(_section(name), values)
     problems += _near(environ, keys_with(names))
     if values.get("outbox.path", Path()) == Path():
         values["outbox.path"], origins["outbox.path"] = _outbox_path(environ, file)
@@ -587,6 +588,12 @@ def _file_problems(section: str, values: Mapping[str, Any]) -> Iterator[str]:
                 f"{name} = {toml(path)}: cannot be read ({exc.strerror});"
                 " check the path and its permissions"
             )
+
+
+def _readable(section: str, values: Mapping[str, Any]) -> Iterator[str]:
+    url = values.get(f"{section}.url")
+    if url and (why := why_readable(url, values.get(f"{section}.proxy"))):
+        yield f"{section}.url = {toml(url)} {why}"
 
 
 def _outbox_path(environ: Mapping[str, str], file: Path | None) -> tuple[Path, str]:

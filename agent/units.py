@@ -193,11 +193,7 @@ class ProxyUrl(str):
 
 
 def loopback(host: str) -> str:
-    try:
-        stays_here = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        stays_here = host == "localhost"
-    if not stays_here:
+    if not _stays_here(host):
         raise ValueError(
             "not a loopback address. Whoever reaches the agent may post, so it listens on this"
             ' machine alone: use "127.0.0.1", "::1" or "localhost"'
@@ -307,6 +303,31 @@ def sha256_digests(digests: tuple[str, ...]) -> tuple[str, ...]:
                 " `printf %s KEY | sha256sum`"
             )
     return tuple(digest.lower() for digest in digests)
+
+
+def why_readable(url: str, proxy: str | None) -> str | None:
+    """Return why others could read what is sent to *url*, perhaps by a *proxy*; None if they cannot.
+
+    Plain HTTP is fine as long as it stays on this machine.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "https":
+        return None
+    if not _stays_here(parts.hostname or ""):
+        return "is plain http: key and events would cross the network readable; use https"
+    if proxy and not _stays_here(urlsplit(proxy).hostname or ""):
+        return (
+            "is plain http, and the proxy is another machine: key and events would cross the network"
+            " readable; use https, or no proxy"
+        )
+    return None
+
+
+def _stays_here(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def without_credentials(url: str) -> str:

@@ -7,14 +7,12 @@ and nowhere else; redirects are not followed, for a 307 would carry body and key
 from __future__ import annotations
 
 import io
-import ipaddress
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
-from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -29,7 +27,7 @@ from agent.forward.disposition import (
     classify,
     one_line,
 )
-from agent.units import MASK
+from agent.units import MASK, why_readable
 
 _KEEPALIVE_S = 60.0
 """Below the upstream's own 72 s: whoever closes first should be us, between requests."""
@@ -77,8 +75,8 @@ async def open_upstream(
     target: Target, clock: Clock, *, connections: int
 ) -> AsyncIterator[Upstream]:
     """Yield the upstream of *target*, with at most *connections* kept alive while the block runs."""
-    if refusal := _insecure(target.url):
-        yield Refusing(refusal)
+    if why := why_readable(target.url, target.proxy):
+        yield Refusing(f"upstream.url {target.url} {why}")
         return
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
@@ -211,24 +209,6 @@ def _why_no_tls(exc: OSError) -> str:
 
 def _reason(exc: BaseException) -> str:
     return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-
-
-def _insecure(url: str) -> str | None:
-    """Return why *url* must not be sent a key; plain HTTP is fine on this machine alone."""
-    parts = urlsplit(url)
-    if parts.scheme == "https" or _is_loopback(parts.hostname or ""):
-        return None
-    return (
-        f"upstream.url {url} is plain http: key and events would cross the network readable;"
-        " use https"
-    )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _tls(target: Target) -> ssl.SSLContext:
