@@ -5,6 +5,7 @@ Fillers and generators in Python take it from here; `events.lua` is handed its t
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -36,6 +37,13 @@ def bodies(count: int, seed: int) -> Iterator[bytes]:
     """Yield *count* events; of one seed always the same."""
     rng = random.Random(seed)
     return (body(rng) for _ in range(count))
+
+
+def batches(count: int, seed: int, size: int) -> Iterator[bytes]:
+    """Yield the same events as bodies of /batch, *size* in each."""
+    items = (b'{"type":"track",' + item[1:] for item in bodies(count, seed))
+    while some := list(itertools.islice(items, size)):
+        yield b'{"batch":[' + b",".join(some) + b"]}"
 
 
 BODY_BYTES = len(body(random.Random(0)))

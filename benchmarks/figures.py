@@ -1,4 +1,4 @@
-"""The figures, B1 to B13: what is run against what. Each returns the rows of its own."""
+"""The figures, B1 to B12: what is run against what. Each returns the rows of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from benchmarks.bench import Bench, say
 from benchmarks.load import Load
 from benchmarks.processes import Agent, FigureError, serving
 from benchmarks.rows import Row, Target
-from benchmarks.runs import Above, Ingested, Pace, above, drain, ingest, written_per_byte
+from benchmarks.runs import (
+    Above,
+    Ingested,
+    Pace,
+    above,
+    batches,
+    drain,
+    ingest,
+    written_per_byte,
+)
 from benchmarks.stalled import STALLED
 from benchmarks.upstream import upstream
 
@@ -42,16 +51,22 @@ def b1(bench: Bench) -> list[Row]:
 
 
 def b2(bench: Bench) -> list[Row]:
-    """Events in requests of 100, through the writer, against SQLite alone."""
+    """Durable events in requests of 100 over HTTP, against SQLite alone."""
     count = bench.scale.batched_events
-    ours, theirs = [], []
-    for number in range(1, bench.rounds + 1):
-        say(f"B2: round {number} of {bench.rounds}")
-        # The reference writes the very rows that the agent's side has left.
-        with bench.outbox() as outbox, bench.outbox() as other:
-            ours.append(filling.append_rate(outbox, count, bench.seed + number))
-            theirs.append(references.executemany(outbox, other, count))
-    subject = "requests of 100, through the writer / executemany of the same rows"
+
+    def agent() -> float:
+        with bench.agent() as running:
+            return batches(bench, running).rate
+
+    with bench.outbox() as like:
+        filling.fill(like, count, bench.seed)
+
+        def reference() -> float:
+            with bench.outbox() as outbox:
+                return references.executemany(like, outbox, count)
+
+        ours, theirs = bench.side_by_side("B2", agent, reference)
+    subject = "requests of 100 / executemany of the same rows"
     return [_rate("B2", subject, ours, theirs, 0.5)]
 
 
@@ -294,7 +309,34 @@ def b10(bench: Bench) -> list[Row]:
     return [_rate("B10", subject, _rates(ours), _rates(theirs), 0.9), _cpu("B10", ours, theirs)]
 
 
-def b13(bench: Bench) -> list[Row]:
+def b11(bench: Bench) -> list[Row]:
+    """Durable events in requests of 100, against one a request; and the same compressed."""
+
+    def in_batches(*, gzipped: bool) -> Pace:
+        with bench.agent() as running:
+            return batches(bench, running, gzipped=gzipped)
+
+    def others() -> tuple[Pace, Pace]:
+        with bench.agent() as running:
+            return ingest(bench, running).pace, in_batches(gzipped=True)
+
+    plain, theirs = bench.side_by_side("B11", lambda: in_batches(gzipped=False), others)
+    single, gzipped = [pair[0] for pair in theirs], [pair[1] for pair in theirs]
+    return [
+        _rate("B11", "requests of 100 / one event a request", _rates(plain), _rates(single), 10),
+        _cpu("B11", plain, single),
+        Row(
+            figure="B11",
+            subject="requests of 100, gzip / the same plain",
+            unit="/s",
+            agent=_rates(gzipped),
+            reference=_rates(plain),
+        ),
+        _cpu("B11", gzipped, plain),
+    ]
+
+
+def b12(bench: Bench) -> list[Row]:
     """The slowest hundredth of the answers at 100 requests/s while clients stall, against without."""
     # Twice as long, for all that stall together are cut off together, some ten seconds later.
     seconds = 2 * bench.scale.latency_s
@@ -307,12 +349,12 @@ def b13(bench: Bench) -> list[Row]:
         with bench.agent() as running:
             return load.at_rate(running.port, RATE, seconds).checked()
 
-    ours, theirs = bench.side_by_side("B13", beside, alone)
+    ours, theirs = bench.side_by_side("B12", beside, alone)
     subject = f"p99 of the answer at 100/s beside {STALLED} stalled connections"
     p99_ms = [run.p99_ms for run in ours]
     return [
         Row(
-            figure="B13",
+            figure="B12",
             subject=subject,
             unit="ms",
             agent=p99_ms,
@@ -320,7 +362,7 @@ def b13(bench: Bench) -> list[Row]:
             note=f"p50 {_list([run.p50_ms for run in ours])} ms",
         ),
         Row(
-            figure="B13",
+            figure="B12",
             subject=f"{subject} / without any",
             unit="ms",
             agent=p99_ms,
@@ -340,7 +382,8 @@ FIGURES: Mapping[str, Callable[[Bench], list[Row]]] = {
     "B8": b8,
     "B9": b9,
     "B10": b10,
-    "B13": b13,
+    "B11": b11,
+    "B12": b12,
 }
 
 

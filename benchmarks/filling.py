@@ -1,16 +1,12 @@
 """Events into an outbox without HTTP, through the agent's own writer.
 
-The one module here that looks behind the agent's public face: B2 measures the writer itself until
-there is an endpoint that takes many events at once, and backlogs of a million are made with it.
+The one module here that looks behind the agent's public face: backlogs of a million are made with it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import itertools
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -27,12 +23,6 @@ from benchmarks import events
 from benchmarks.machine import MIB
 from benchmarks.processes import DEAD, FigureError, ask, say_result
 
-REQUEST_EVENTS = 100
-"""Events of one request, for B2."""
-
-CALLERS = 16
-"""Requests under way at once, for B2."""
-
 _FILL_EVENTS = 2_000
 """Events of one call when an outbox is filled, or half of them: the writer lets no more wait."""
 
@@ -45,15 +35,6 @@ def fill(outbox: Path, count: int, seed: int, *, beside_dead: bool = False) -> N
         *("benchmarks.filling", "fill-twice" if beside_dead else "fill", outbox, count, seed),
         result=type(None),
         timeout_s=60 + count / 500,
-    )
-
-
-def append_rate(outbox: Path, count: int, seed: int) -> float:
-    """Append *count* events in requests of 100 by 16 callers; return events a second."""
-    return ask(
-        *("benchmarks.filling", "append", outbox, count, seed),
-        result=float,
-        timeout_s=60 + count / 100,
     )
 
 
@@ -89,24 +70,6 @@ async def _fill(outbox: Path, count: int, seed: int, *, beside_dead: bool = Fals
             await _append(writer, list(itertools.chain.from_iterable(pairs)))
 
 
-async def _append_rate(outbox: Path, count: int, seed: int) -> float:
-    requests = list(_groups(count, seed, size=REQUEST_EVENTS))
-    waiting = iter(requests)
-    gc.collect()
-    gc.freeze()
-
-    async def call(writer: Writer) -> None:
-        for request in waiting:
-            await _append(writer, request)
-
-    async with _writer(outbox) as writer:
-        started_s = time.perf_counter()
-        async with asyncio.TaskGroup() as callers:
-            for _ in range(CALLERS):
-                callers.create_task(call(writer))
-        return count / (time.perf_counter() - started_s)
-
-
 async def _append(writer: Writer, group: list[Event]) -> None:
     outcomes = await writer.append(group)
     if any(outcome is not Appended.STORED for outcome in outcomes):
@@ -121,10 +84,8 @@ def _main(way: str, outbox: str, count: str, seed: str) -> None:
         case "fill-twice":
             uvloop.run(_fill(Path(outbox), int(count), int(seed), beside_dead=True))
             say_result(None)
-        case "append":
-            say_result(uvloop.run(_append_rate(Path(outbox), int(count), int(seed))))
         case _:
-            raise SystemExit(f"{way}: expected fill, fill-twice or append")
+            raise SystemExit(f"{way}: expected fill or fill-twice")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ Each runs in a process of its own and says what it saw as one `Load`. An answer 
 from __future__ import annotations
 
 import asyncio
+import gc
+import gzip
 import random
 import secrets
 import selectors
@@ -15,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -27,6 +29,9 @@ from benchmarks import events
 from benchmarks.processes import FigureError, ask, say_result
 
 CONNECTIONS = 64
+
+BATCH_EVENTS = 100
+BATCH_CONNECTIONS = 16
 
 _LUA = Path(__file__).with_name("events.lua")
 
@@ -93,10 +98,20 @@ def at_rate(port: int, rate: float, seconds: float) -> Load:
     return ask("benchmarks.load", "rate", port, rate, seconds, result=Load, timeout_s=seconds + 30)
 
 
-def request(port: int, body: bytes) -> bytes:
+def in_batches(port: int, count: int, seed: int, *, gzipped: bool = False) -> Load:
+    """Post the *count* events of *seed* in requests of 100, over 16 connections, prebuilt."""
+    way = "gzipped" if gzipped else "batches"
+    return ask(
+        *("benchmarks.load", way, port, count, seed), result=Load, timeout_s=60 + count / 100
+    )
+
+
+def request(port: int, body: bytes, endpoint: str = "track", *, gzipped: bool = False) -> bytes:
+    encoding = b"Content-Encoding: gzip\r\n" if gzipped else b""
     return (
-        b"POST /api/public/apps/track HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n"
-        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (port, len(body), body)
+        b"POST /api/public/apps/%b HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n%b"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+        % (endpoint.encode(), port, encoding, len(body), body)
     )
 
 
@@ -116,19 +131,17 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
     return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)] if ordered else 0.0
 
 
-# --- as fast as it is answered, where there is no wrk -------------------------------------------
+# --- as fast as it is answered ------------------------------------------------------------------
 
 
 class _Client(asyncio.Protocol):
-    """One connection of the stand-in."""
+    """One connection, which sends *requests* to their end, one after the other."""
 
-    def __init__(self, port: int, until_s: float, rng: random.Random) -> None:
+    def __init__(self, requests: Iterator[bytes]) -> None:
         self.latencies_s: list[float] = []
         self.failed = 0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._port = port
-        self._until_s = until_s
-        self._rng = rng
+        self._requests = requests
         self._answer = b""
         self._sent_s = 0.0
         self._waits = False
@@ -148,29 +161,50 @@ class _Client(asyncio.Protocol):
             return
         self.latencies_s.append(now_s - self._sent_s)
         self._waits, self._answer = False, b""
-        if now_s < self._until_s:
-            self._send(self._transport)
-        else:
-            self._transport.close()
+        self._send(self._transport)
 
     def connection_lost(self, _exc: Exception | None) -> None:
         self.failed += self._waits
         self.done.set_result(None)
 
     def _send(self, transport: asyncio.Transport) -> None:
+        following = next(self._requests, None)
+        if following is None:
+            transport.close()
+            return
         self._waits, self._sent_s = True, time.perf_counter()
-        transport.write(request(self._port, events.body(self._rng)))
+        transport.write(following)
+
+
+def _until(port: int, until_s: float) -> Iterator[bytes]:
+    rng = random.Random(secrets.randbits(64))
+    while time.perf_counter() < until_s:
+        yield request(port, events.body(rng))
 
 
 async def _full_speed(port: int, seconds: float) -> Load:
+    until_s = time.perf_counter() + seconds
+    return await _post(port, [_until(port, until_s) for _ in range(CONNECTIONS)], seconds)
+
+
+async def _in_batches(port: int, count: int, seed: int, *, gzipped: bool) -> Load:
+    made = iter(events.batches(count, seed, BATCH_EVENTS))
+    bodies = [gzip.compress(body) for body in made] if gzipped else list(made)
+    requests = [request(port, body, "batch", gzipped=gzipped) for body in bodies]
+    gc.collect()
+    gc.freeze()
+    waiting = iter(requests)
+    return await _post(port, [waiting] * BATCH_CONNECTIONS, count / 100)
+
+
+async def _post(port: int, requests: Sequence[Iterator[bytes]], seconds: float) -> Load:
+    """Send over a connection for each of *requests*; about *seconds* are expected."""
     loop = asyncio.get_running_loop()
     started_s = time.perf_counter()
-    until_s = started_s + seconds
     clients = []
-    for _ in range(CONNECTIONS):
-        rng = random.Random(secrets.randbits(64))
+    for mine in requests:
         made = await loop.create_connection(
-            lambda rng=rng: _Client(port, until_s, rng),  # type: ignore[misc]
+            lambda mine=mine: _Client(mine),  # type: ignore[misc]
             "127.0.0.1",
             port,
         )
@@ -283,8 +317,14 @@ def _main(way: str, port: str, *numbers: str) -> None:
             say_result(uvloop.run(_full_speed(int(port), float(seconds))))
         case "rate", (rate, seconds):
             say_result(_steady(int(port), float(rate), float(seconds)))
+        case "batches" | "gzipped", (count, seed):
+            gzipped = way == "gzipped"
+            say_result(uvloop.run(_in_batches(int(port), int(count), int(seed), gzipped=gzipped)))
         case _:
-            raise SystemExit(f"{way} {numbers}: expected full SECONDS, or rate RATE SECONDS")
+            raise SystemExit(
+                f"{way} {numbers}: expected full SECONDS, rate RATE SECONDS,"
+                " or batches or gzipped COUNT SEED"
+            )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import load, machine
 from benchmarks.bench import Bench
 from benchmarks.events import BODY_BYTES
 from benchmarks.load import Load
@@ -45,6 +45,19 @@ def ingest(bench: Bench, agent: Agent) -> Ingested:
     if after["duplicates"]:
         raise FigureError(f"{after['duplicates']} ids came twice: the generator repeats itself")
     return Ingested(seen, Pace(seen.rate, cpu_s / seen.answered))
+
+
+def batches(bench: Bench, agent: Agent, *, gzipped: bool = False) -> Pace:
+    """Load a warm agent with requests of 100; each event must be in its books."""
+    bench.warm_up(agent.port)
+    count = bench.scale.batched_events
+    before: int = agent.status()["accepted"]
+    before_s = machine.cpu_s(agent.pid)
+    seen = load.in_batches(agent.port, count, bench.seed, gzipped=gzipped).checked()
+    cpu_s = machine.cpu_s(agent.pid) - before_s
+    if (stored := agent.status()["accepted"] - before) < count:
+        raise FigureError(f"{count} events were answered 204, {stored} stored")
+    return Pace(count / seen.seconds, cpu_s / count)
 
 
 def drain(bench: Bench, count: int, mode: str = "track", *, beside_dead: bool = False) -> Pace:

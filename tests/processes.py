@@ -121,10 +121,10 @@ class AgentProcess:
             said, _ = await process.communicate()
         return await process.wait(), said.decode()
 
-    async def post(self, body: dict[str, Any]) -> int:
-        """Post one track event as an app would; return the status."""
+    async def post(self, body: dict[str, Any], endpoint: str = "track") -> int:
+        """Post one request as an app would; return the status."""
         async with self._session.post(
-            f"{self.url}/api/public/apps/track",
+            f"{self.url}/api/public/apps/{endpoint}",
             data=io.BytesIO(msgspec.json.encode(body)),
             headers={"Content-Type": "application/json"},
         ) as response:

@@ -18,10 +18,13 @@ import pytest
 from processes import AgentProcess, running_agent
 
 from agent.console.sandbox import DEFAULT_WRITE_KEY, Fault, Sandbox
+from agent.event import KINDS
 
 EVENTS = 5_000
 USERS = 50
 CLIENTS = 8
+AT_ONCE = 7
+"""Events in a batch, as every other client posts them."""
 KILLS = 6
 
 PACE_S = 0.012
@@ -58,9 +61,9 @@ class Progress:
         self._acknowledged = 0
         self._changed = asyncio.Condition()
 
-    async def add(self) -> None:
+    async def add(self, count: int) -> None:
         async with self._changed:
-            self._acknowledged += 1
+            self._acknowledged += count
             self._changed.notify_all()
 
     async def reach(self, count: int) -> None:
@@ -68,27 +71,42 @@ class Progress:
             await self._changed.wait_for(lambda: self._acknowledged >= count)
 
 
-async def use_app(agent: AgentProcess, numbers: list[int], progress: Progress) -> None:
-    """Post each event until it is acknowledged, as an app with a retry would."""
-    for number in numbers:
-        while not await post(agent, number):  # noqa: ASYNC110  # an app waits, too
+async def use_app(
+    agent: AgentProcess, numbers: list[int], progress: Progress, *, at_once: int
+) -> None:
+    """Post each event until it is acknowledged, as an app with a retry would; some *at_once*."""
+    for start in range(0, len(numbers), at_once):
+        some = numbers[start : start + at_once]
+        while not await post(agent, some):  # noqa: ASYNC110  # an app waits, too
             await asyncio.sleep(RETRY_S)
-        await progress.add()
-        await asyncio.sleep(PACE_S)
+        await progress.add(len(some))
+        await asyncio.sleep(PACE_S * len(some))
 
 
-async def post(agent: AgentProcess, number: int) -> bool:
+async def post(agent: AgentProcess, numbers: list[int]) -> bool:
+    match numbers:
+        case [number]:
+            body, endpoint = event(number), kind_of(number)
+        case _:
+            items = [event(number) | {"type": kind_of(number)} for number in numbers]
+            body, endpoint = {"batch": items}, "batch"
     try:
-        return await agent.post(event(number)) == 204
+        return await agent.post(body, endpoint) == 204
     except (aiohttp.ClientError, TimeoutError):
         return False
+
+
+def kind_of(number: int) -> str:
+    return KINDS[number // USERS % len(KINDS)]
 
 
 def event(number: int) -> dict[str, object]:
     return {
         "messageId": f"m-{number}",
-        "event": "Item Sold",
         "userId": f"user-{number % USERS}",
+        # Not of each kind, and kept by all.
+        "event": "Item Sold",
+        "groupId": "chain",
         # No timestamp: the agent stamps it once, so a second stamp would change the bytes.
         "properties": {"number": number, "price": 1.10, "name": "Käse ☕"},
     }
@@ -133,8 +151,9 @@ async def test_every_acknowledged_event_arrives_unchanged_and_in_order(
         async with asyncio.TaskGroup() as world:
             world.create_task(break_things(sandbox, stop))
             world.create_task(kill_now_and_then(agent, progress))
-            for numbers in numbers_by_app:
-                world.create_task(use_app(agent, numbers, progress))
+            for client, numbers in enumerate(numbers_by_app):
+                at_once = AT_ONCE if client % 2 else 1
+                world.create_task(use_app(agent, numbers, progress, at_once=at_once))
             await progress.reach(EVENTS)
             stop.set()
         await agent.ask("POST", "flush")
@@ -153,6 +172,10 @@ def assert_all_arrived_in_order(sandbox: Sandbox) -> None:
     for message_id in first_arrivals:
         number = int(message_id.removeprefix("m-"))
         by_user[number % USERS].append(number)
+    assert all(
+        arrival.kind == kind_of(int(arrival.message_id.removeprefix("m-")))
+        for arrival in sandbox.stored
+    )
     for numbers in by_user.values():
         assert numbers == sorted(numbers)
 

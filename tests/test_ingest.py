@@ -21,18 +21,20 @@ import pytest
 from structlog.testing import capture_logs
 
 from agent.contract import Terms, read_event
-from agent.errors import AgentError
+from agent.errors import AgentError, OutboxOverloadedError
 from agent.exchange import Answer, Request
 from agent.ingest.guard import Guard
 from agent.ingest.reply import Handler, Reply
 from agent.ingest.routes import Routes
 from agent.ingest.server import serving
+from agent.ingest.turns import WAITING_BYTES, Turns
 from agent.outbox.intake import QUEUE_EVENTS
 from agent.outbox.store import Store
 from agent.outbox.writer import Policy, Writer, open_writer
 
 TRACK = "/api/public/apps/track"
-LIMIT_BYTES = 200_000
+BATCH = "/api/public/apps/batch"
+LIMIT_BYTES = 400_000
 DEADLINE_S = 10.0
 
 SILENCE_S = 0.2
@@ -60,6 +62,10 @@ def guard(max_body_bytes: int = LIMIT_BYTES) -> Guard:
 
 def track(message_id: str = "m1", **fields: object) -> bytes:
     return json.dumps({"event": "Sold", "userId": "u1", "messageId": message_id} | fields).encode()
+
+
+def batch(*items: object) -> bytes:
+    return json.dumps({"batch": items}).encode()
 
 
 def request_head(*lines: str, host: str = "127.0.0.1", body_bytes: int | None = None) -> bytes:
@@ -232,6 +238,89 @@ async def test_one_id_posted_many_times_at_once_is_stored_once(ingest: Ingest) -
     replayed = [post for post in posts if "Idempotent-Replayed" in post.result()[2]]
     assert len(replayed) == 19
     assert len(ingest.stored()) == 1
+
+
+async def test_a_batch_is_stored_in_one_transaction(ingest: Ingest) -> None:
+    items = [{"type": "page", "userId": f"u{n}", "messageId": f"m{n}"} for n in range(300)]
+    before = ingest.writer.commits
+    status, body, headers = await ingest.post(batch(*items), path=BATCH)
+    assert (status, body) == (204, None)
+    assert "Idempotent-Replayed" not in headers
+    assert [event["messageId"] for event in ingest.stored()] == [f"m{n}" for n in range(300)]
+    assert ingest.writer.commits == before + 1
+
+
+async def test_one_bad_item_keeps_the_whole_batch_out(ingest: Ingest) -> None:
+    good = {"type": "page", "userId": "u", "messageId": "m1"}
+    answer = await ingest.post(batch(*[good] * 200, {**good, "userId": ""}), path=BATCH)
+    message = assert_refused(answer, 400, "FST_ERR_VALIDATION")
+    assert message == "batch[200].userId: must not be empty"
+    assert ingest.stored() == []
+
+
+async def test_of_a_batch_only_what_is_new_is_stored(ingest: Ingest) -> None:
+    items = [{"type": "page", "userId": "u", "messageId": f"m{n}"} for n in range(3)]
+    await ingest.post(batch(items[1]), path=BATCH)
+    _, _, headers = await ingest.post(batch(items[0], items[0], *items), path=BATCH)
+    assert "Idempotent-Replayed" not in headers
+    assert [event["messageId"] for event in ingest.stored()] == ["m1", "m0", "m2"]
+    _, _, headers = await ingest.post(batch(*items), path=BATCH)
+    assert headers["Idempotent-Replayed"] == "true"
+
+
+async def test_a_batch_without_events_is_a_204(ingest: Ingest) -> None:
+    assert (await ingest.post(batch(), path=BATCH))[0] == 204
+    assert ingest.stored() == []
+
+
+async def test_a_batch_of_more_than_may_wait_is_stored_when_nothing_else_does(
+    ingest: Ingest,
+) -> None:
+    count = QUEUE_EVENTS + 1
+    items = [{"type": "page", "userId": "u", "messageId": f"m{n}"} for n in range(count)]
+    assert (await ingest.post(batch(*items), path=BATCH))[0] == 204
+    assert len(ingest.stored()) == count
+
+
+async def test_a_batch_that_does_not_fit_into_the_outbox_is_refused_whole(tmp_path: Path) -> None:
+    async with running(tmp_path, max_bytes=200_000) as ingest:
+        items = [
+            {"type": "page", "userId": "u", "messageId": f"m{n}", "name": "x" * 100}
+            for n in range(1_000)
+        ]
+        answer = await ingest.post(batch(*items), path=BATCH)
+        assert "outbox.max_size" in assert_refused(answer, 507, "AGENT_OUTBOX_FULL")
+        assert ingest.stored() == []
+
+
+async def test_others_have_turns_while_a_large_batch_is_read() -> None:
+    body = batch(*[{"type": "page", "userId": "u", "messageId": "m"}] * 5_000)
+    turns = 0
+    async with asyncio.TaskGroup() as tasks:
+        read = tasks.create_task(Turns().read(body, received_ms=0, terms=Terms()))
+        while not read.done():
+            turns += 1
+            await asyncio.sleep(0)
+    assert len(read.result()) == 5_000
+    assert turns > 20
+
+
+async def test_batches_that_are_too_many_to_wait_are_a_503() -> None:
+    turns, terms = Turns(), Terms()
+    body = batch(*[{"type": "page", "userId": "u", "messageId": "m"}] * 1_000)
+    huge = body + b" " * (WAITING_BYTES // 2 - len(body))
+    async with asyncio.TaskGroup() as tasks:
+        reads = [tasks.create_task(turns.read(huge, received_ms=0, terms=terms)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(OutboxOverloadedError, match="wait to be read"):
+            await turns.read(body, received_ms=0, terms=terms)
+    assert [len(read.result()) for read in reads] == [1_000, 1_000]
+    assert len(await turns.read(body, received_ms=0, terms=terms)) == 1_000
+
+
+async def test_alias_is_answered_as_the_upstream_does(ingest: Ingest) -> None:
+    answer = await ingest.post(b"{}", path="/api/public/apps/alias")
+    assert assert_refused(answer, 400, "AGENT_NOT_IMPLEMENTED") == "Not yet implemented."
 
 
 async def test_posts_at_once_share_their_commits(ingest: Ingest) -> None:

@@ -16,12 +16,13 @@ import msgspec
 import structlog
 
 from agent.clock import Clock
-from agent.contract import PLAIN, Terms, read_batch, read_event
+from agent.contract import PLAIN, Terms, read_event
 from agent.errors import InvalidEventError, OutboxError
 from agent.event import KINDS, Event, Kind
 from agent.exchange import REPLAYED, STORED, Answer, Request, refuse
 from agent.ingest.destinations import PREFIX, Destinations
 from agent.ingest.reply import Handler, Later, Reply
+from agent.ingest.turns import Turns
 from agent.outbox.records import Appended
 from agent.outbox.refusals import refuse_for
 from agent.outbox.writer import Writer
@@ -35,9 +36,6 @@ _ENDPOINTS: dict[str, Endpoint] = {
     **{_APPS + kind: kind for kind in KINDS},
     f"{_APPS}batch": "batch",
 }
-
-_YIELD_EVENTS = 128
-"""After so many events of a batch others have a turn: some milliseconds of reading."""
 
 log = structlog.get_logger()
 
@@ -71,6 +69,7 @@ class Routes:
         """How bodies are read; they may change from one request to the next."""
         self._mounts = tuple(mounts)
         self.destinations = destinations or Destinations()
+        self._turns = Turns()
 
     def answer(self, request: Request) -> Reply:
         path, upstream = request.path, None
@@ -116,16 +115,15 @@ class Routes:
         return self._append([event], request, upstream)
 
     async def _take_batch(self, request: Request, upstream: str | None) -> Answer:
-        """Take all events of a batch, or none. A large one leaves turns to others while it is read."""
-        events: list[Event] = []
-        batch = read_batch(request.body, received_ms=self._clock.wall_ms(), terms=self.terms)
+        """Take all events of a batch, or none of them."""
         try:
-            for event in batch:
-                events.append(event)
-                if len(events) % _YIELD_EVENTS == 0:
-                    await asyncio.sleep(0)
+            events = await self._turns.read(
+                request.body, received_ms=self._clock.wall_ms(), terms=self.terms
+            )
         except InvalidEventError as exc:
             return refuse(exc.status, exc.code, str(exc))
+        except OutboxError as exc:
+            return refuse_for(exc)
         if not events:
             return STORED
         reply = self._append(events, request, upstream)

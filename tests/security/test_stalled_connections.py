@@ -1,6 +1,6 @@
 """Clients that stall or never leave: hundreds are cut off, and honest posts go on meanwhile.
 
-How long honest posts take meanwhile is a benchmark: `python -m benchmarks B13`.
+How long honest posts take meanwhile is a benchmark: `python -m benchmarks B12`.
 
 Planted bugs that these were seen to find: a server that does not look after its connections, a body
 without a deadline, no bound on connections, one that is not lifted again, and a line in the log for
