@@ -136,7 +136,7 @@ def read_batch(raw: bytes, *, received_ms: int, terms: Terms = PLAIN) -> Iterato
         raise InvalidEventError("batch: required, but missing")
     shared = members.get("context", _NULL)
     if shared != _NULL:
-        _within("context", read_object, shared)
+        _within("context", read_object, shared, depth=2)  # as in each of the events
     left_bytes = _SPREAD * terms.max_body_bytes
     for index, item in enumerate(_within("batch", read_items, members["batch"])):
         event = _within(f"batch[{index}]", _item, item, shared, received_ms, terms)
