@@ -17,7 +17,7 @@ from decimal import Decimal
 from hashlib import sha256
 from os import fsencode
 from typing import Self
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 MASK = "********"
 
@@ -187,6 +187,15 @@ class ProxyUrl(str):
 
     def __repr__(self) -> str:
         return repr(without_credentials(self))
+
+
+def proxy_secrets(url: str) -> list[str]:
+    """Return what of a proxy's address must not be shown: its password, and what is sent of it."""
+    parts = urlsplit(url)
+    if not parts.password:
+        return []
+    password = unquote(parts.password)
+    return [parts.password, password, f"{unquote(parts.username or '')}:{password}"]
 
 
 # --- what a text may be, beyond its type: each returns it in one form, or says what to write ---

@@ -24,6 +24,7 @@ class Peer:
         self.answer = answer
         self.heard = b""
         self.connections = 0
+        self.requests = 0
         self.port = 0
 
 
@@ -50,6 +51,7 @@ class _Conversation(asyncio.Protocol):
             if len(self._unread) < end:
                 return
             self._unread = self._unread[end:]
+            self._peer.requests += 1
             self._transport.write(self._peer.answer(head[0]))
 
     def connection_lost(self, _exc: Exception | None) -> None:

@@ -32,7 +32,7 @@ from agent.errors import InvalidEventError
 from agent.event import Event
 
 SEED = 20261123
-SHARDS = 16
+SHARDS = 8
 """So that several workers share them; each has a seed of its own."""
 
 QUICK = 100_000
@@ -153,7 +153,7 @@ def fails_so(name: str, kind: str, raw: bytes) -> bool:
 
 
 WARM = 2_000
-SLACK_BYTES = 8 * 1024 * 1024
+SLACK_BYTES = 2 * 1024 * 1024
 """What is read of a shard would come to more, were it kept."""
 
 
