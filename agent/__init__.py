@@ -26,6 +26,7 @@ The levels; an import goes down, never up or sideways (`tests/test_levels.py` wa
     keys                           what can be set, as a table, and how it is written in a file
     contract                       what apps post, read strictly: JSON bytes -> Event
     document, event, settings      a JSON tree without poison; one event; every key that can be set
+    redaction                      what of an event is dropped, hashed or added before it is stored
     errors, clock, exchange, units exceptions by blame; time; one HTTP exchange as plain values;
                                    durations, sizes and secrets as people write them
 """

@@ -57,6 +57,8 @@ def _configure_logs(redactor: Redactor, settings: Settings) -> None:
             redactor.add(upstream.write_key.reveal())
         for secret in proxy_secrets(upstream.proxy or ""):
             redactor.add(secret)
+    if settings.redact.key is not None:
+        redactor.add(settings.redact.key.reveal())
     configure(settings.log.level, settings.log.format, sys.stderr, redactor)
 
 

@@ -16,24 +16,36 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 import msgspec
 import platformdirs
 
 from agent.errors import ConfigError
 from agent.keys import KEYS, PREFIX, STRUCTS, UPSTREAMS, Key, bare, keys_with, shown, toml
+from agent.redaction import hash_key, machine_id
 from agent.settings import DEFAULT_UPSTREAM, UPSTREAM_NAME, Forward, NamedUpstream, Settings
-from agent.units import Bytes, Seconds, WriteKey, app_keys, key_digest, why_readable
+from agent.units import (
+    Bytes,
+    Seconds,
+    Secret,
+    WriteKey,
+    app_keys,
+    key_digest,
+    why_readable,
+    write_key,
+)
 
 APP = "tranthor-agent"
 FILE_VARIABLE = f"{PREFIX}CONFIG"
 SYSTEM_FILE = Path("/etc/tranthor-agent/config.toml")
 SYSTEM_STATE = Path("/var/lib/tranthor-agent")
+MACHINE_ID_FILE = Path("/etc/machine-id")
 CREDENTIAL = "write_key"
+HASH_KEY, HASH_CREDENTIAL = "redact.key", "redact_key"
 
 _KEY_BYTES = 8_192
 """The longest write key file that is read: servers refuse longer headers, and it is no key."""
@@ -49,7 +61,8 @@ class Loaded:
     *file* is None when none was found. *origins* has every key ("upstream.url"): "default", the path
     of a file, "environment NAME" or "credential write_key". *problems* are sentences for a person.
     *app_keys* has for the digest of an app's write key the upstream that its events are for;
-    *unknown_app_keys* is not empty while there is one that could not be read.
+    *unknown_app_keys* is not empty while there is one that could not be read. *machine_id* is empty
+    unless it is to be added to each event.
     """
 
     settings: Settings
@@ -58,6 +71,7 @@ class Loaded:
     problems: tuple[str, ...]
     app_keys: Mapping[str, str] = field(default_factory=dict)
     unknown_app_keys: str = ""
+    machine_id: str = ""
 
     def missing(self, name: str = "") -> str | None:
         """Return why nothing can be forwarded to the upstream of that name; None when it can."""
@@ -72,6 +86,13 @@ class Loaded:
         if upstream.write_key is None:
             return known or f"no write key is configured: set {key}{where}"
         return None
+
+    @property
+    def unhashable(self) -> str | None:
+        """Why no event may be taken: values are to be hashed, and there is no key; else None."""
+        if not self.settings.redact.unhashable:
+            return None
+        return next(problem for problem in self.problems if problem.startswith("redact."))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,9 +148,8 @@ def refresh(loaded: Loaded, environ: Mapping[str, str]) -> Loaded:
     names = sorted(loaded.settings.upstreams)
     values = {key.dotted: _value_of(loaded.settings, key) for key in keys_with(names).values()}
     origins = dict(loaded.origins)
-    for name in ("", *names):
-        dotted = f"{_section(name)}.write_key"
-        if values[f"{dotted}_file"] or origins[dotted] == f"credential {_credential_of(name)}":
+    for dotted, credential in _secrets(names):
+        if values[f"{dotted}_file"] or origins[dotted] == f"credential {credential}":
             values[dotted] = None
     # Where the configuration itself holds what is no key, no file mends that.
     own = tuple(f"{_section(name)}.write_key:" for name in ("", *names))
@@ -150,6 +170,8 @@ def files_beside(loaded: Loaded, environ: Mapping[str, str]) -> tuple[Path, ...]
         files += (key, upstream.ca_file, upstream.client_cert, upstream.client_key)
     for named in loaded.settings.upstreams.values():
         files += named.app_key_files
+    if (redact := loaded.settings.redact).hash:
+        files += (redact.key_file or _credential_path(HASH_CREDENTIAL, environ, loaded.file),)
     return tuple(file for file in files if file is not None)
 
 
@@ -169,10 +191,21 @@ def _settled(
     claims, unread = _app_keys(values, names)
     problems = list(unread)
     for name in ("", *names):
-        if f"{_section(name)}.write_key" not in told:
-            problems += _settle_key(name, values, origins, environ, file)
+        dotted, credential = f"{_section(name)}.write_key", _credential_of(name)
+        if dotted not in told:
+            handed_over = _credential_path(credential, environ, file)
+            problems += _settle_key(dotted, WriteKey, write_key, values, origins, handed_over)
         problems += _file_problems(_section(name), values)
         problems += _readable(_section(name), values)
+    if values.get("redact.hash"):
+        problems += _settle_hash_key(values, origins, environ, file)
+    machine = ""
+    if values.get("context.machine_id"):
+        try:
+            machine = machine_id(MACHINE_ID_FILE.read_text(errors="replace").strip())
+        except (OSError, ValueError) as exc:
+            why = exc.strerror if isinstance(exc, OSError) else exc
+            problems.append(f"context.machine_id = true: {MACHINE_ID_FILE}: {why}; {_INSTEAD}")
     problems += _near(environ, keys_with(names))
     if values.get("outbox.path", Path()) == Path():
         values["outbox.path"], origins["outbox.path"] = _outbox_path(environ, file)
@@ -183,7 +216,11 @@ def _settled(
         problems=tuple(problems),
         app_keys={digest: claimants[0] for digest, claimants in claims.items()},
         unknown_app_keys=next(iter(unread), ""),
+        machine_id=machine,
     )
+
+
+_INSTEAD = 'set it to false, and name the machine in context.agent: "machine=till-7"'
 
 
 def effective(loaded: Loaded) -> list[Effective]:
@@ -361,6 +398,8 @@ def _untext(key: Key, text: str) -> object:
     """Return what TOML would have given for *text*, so that both are decoded alike."""
     if get_origin(key.base) is tuple:
         return [entry for part in text.split(",") if (entry := part.strip())]
+    if key.base is bool and text.strip() in {"true", "false"}:
+        return text.strip() == "true"
     if key.base is int and re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII):
         return int(text)
     return text
@@ -420,7 +459,7 @@ def _decode(key: Key, raw: object, folder: Path) -> Any:
     except msgspec.ValidationError as exc:
         own = isinstance(exc.__cause__, ValueError)
         raise ValueError(str(exc) if own else f"expected {key.allowed}") from None
-    if key.base is not WriteKey and any(map(_CONTROL.search, _texts(raw))):
+    if not key.secret and any(map(_CONTROL.search, _texts(raw))):
         raise ValueError("a control character cannot be meant: remove it")
     low, high = key.help.low, key.help.high
     if (low is not None and value < low) or (high is not None and value > high):
@@ -437,7 +476,7 @@ def _decode_own(kind: Any, raw: object) -> object:
         return kind.parse(raw)
     if not isinstance(raw, str):
         raise ValueError("expected text in quotes")  # noqa: TRY004  # msgspec passes on a ValueError
-    return WriteKey(raw.strip()) if kind is WriteKey else kind(raw)
+    return kind(raw.strip() if issubclass(kind, Secret) else raw)
 
 
 def _texts(raw: object) -> list[str]:
@@ -454,13 +493,14 @@ def _absolute(path: Path, folder: Path) -> Path:
 def _contradictions(
     values: Mapping[str, Any], origins: Mapping[str, str], names: Sequence[str]
 ) -> Iterator[str]:
-    for section in map(_section, ("", *names)):
-        key, key_file = f"{section}.write_key", f"{section}.write_key_file"
-        if values.get(key) and values.get(key_file):
+    for dotted, _ in _secrets(names):
+        if values.get(dotted) and values.get(f"{dotted}_file"):
+            section, _, key = dotted.rpartition(".")
             yield (
-                f"[{section}] write_key ({origins[key]}) and write_key_file ({origins[key_file]})"
+                f"[{section}] {key} ({origins[dotted]}) and {key}_file ({origins[f'{dotted}_file']})"
                 " are both set: keep one, and make the other empty"
             )
+    for section in map(_section, ("", *names)):
         if values.get(f"{section}.client_key") and not values.get(f"{section}.client_cert"):
             yield f"[{section}] client_key is of no use without client_cert: set both, or neither"
     base = values.get("forward.backoff_base", Forward().backoff_base)
@@ -497,7 +537,7 @@ def _app_keys(
         for path in values.get(f"{section}.app_key_files", ()):
             where = f"{section}.app_key_files = {toml(path)}"
             try:
-                key = _read_key(path)
+                key = _read_key(path, WriteKey)
             except OSError as exc:
                 problems.append(
                     f"{where}: cannot be read ({exc.strerror}); check the path and its permissions"
@@ -512,49 +552,71 @@ def _app_keys(
     return claims, problems
 
 
+S = TypeVar("S", bound=Secret)
+
+
 def _settle_key(
-    name: str,
+    dotted: str,
+    kind: type[S],
+    check: Callable[[S], S],
     values: dict[str, Any],
     origins: dict[str, str],
-    environ: Mapping[str, str],
-    file: Path | None,
+    credential: Path | None,
 ) -> Iterator[str]:
-    """Put the write key that counts into *values*, or yield what is wrong with it."""
-    dotted = where = f"{_section(name)}.write_key"
-    key: WriteKey | None = values.get(dotted)
-    credential = _credential_of(name)
+    """Put the key that counts into *values*, or yield what is wrong with it.
+
+    *credential* is where systemd hands it over, if it does.
+    """
+    where = dotted
+    key: S | None = values.get(dotted)
     try:
         if path := values.get(f"{dotted}_file"):
             where, origins[dotted] = f"{dotted}_file = {toml(path)}", str(path)
-            key = _read_key(path)
+            key = _read_key(path, kind)
             if key is None:
-                yield f"{where}: the file is empty; put the write key into it"
-        elif key is None and (handed_over := _credential(credential, environ, file)):
-            where = f"{dotted} (systemd credential {credential})"
+                word = "write key" if kind is WriteKey else "key"
+                yield f"{where}: the file is empty; put the {word} into it"
+        elif key is None and credential is not None and credential.exists():
+            where = f"{dotted} (systemd credential {credential.name})"
             # The unit gives an empty one where no key was installed yet: that is none.
-            key = _read_key(handed_over)
+            key = _read_key(credential, kind)
             if key is not None:
-                origins[dotted] = f"credential {credential}"
-        if key is not None and not (key.reveal().isascii() and key.reveal().isprintable()):
-            key = None
-            yield (
-                f"{where}: a write key is one line of printable ASCII, and this is not;"
-                " copy it again from your workspace"
-            )
+                origins[dotted] = f"credential {credential.name}"
+        if key is not None:
+            key = check(key)
     except OSError as exc:
         key = None
         yield f"{where}: cannot be read ({exc.strerror}); check the path and its permissions"
+    except ValueError as exc:
+        key = None
+        yield f"{where}: {exc}"
     values[dotted] = key
+
+
+def _settle_hash_key(
+    values: dict[str, Any], origins: dict[str, str], environ: Mapping[str, str], file: Path | None
+) -> Iterator[str]:
+    """Put the key of `redact.hash` into *values*, or yield why there is none."""
+    credential = _credential_path(HASH_CREDENTIAL, environ, file)
+    problems = list(_settle_key(HASH_KEY, Secret, hash_key, values, origins, credential))
+    yield from problems
+    if values[HASH_KEY] is None and not problems:
+        where = f" in {file}" if file else ""
+        yield (
+            f"redact.hash needs a key, and there is none: set {HASH_KEY}_file{where}, or hand over the"
+            f" systemd credential {HASH_CREDENTIAL}"
+        )
 
 
 def _credential_of(name: str) -> str:
     return f"{CREDENTIAL}.{name}" if name else CREDENTIAL
 
 
-def _credential(name: str, environ: Mapping[str, str], file: Path | None) -> Path | None:
-    """Return the file of a systemd credential, if there is one."""
-    credential = _credential_path(name, environ, file)
-    return credential if credential is not None and credential.exists() else None
+def _secrets(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield the keys that hold a secret, or have it in a file, and the credential of each."""
+    for name in ("", *names):
+        yield f"{_section(name)}.write_key", _credential_of(name)
+    yield HASH_KEY, HASH_CREDENTIAL
 
 
 def _credential_path(name: str, environ: Mapping[str, str], file: Path | None) -> Path | None:
@@ -568,11 +630,11 @@ def _credential_path(name: str, environ: Mapping[str, str], file: Path | None) -
     return SYSTEM_FILE.with_name(name) if file == SYSTEM_FILE else None
 
 
-def _read_key(path: Path) -> WriteKey | None:
+def _read_key(path: Path, kind: type[S]) -> S | None:
     """Return the key in *path*, None if it is blank. What is not ASCII stays so, to be told later."""
     with path.open("rb") as file:
         text = file.read(_KEY_BYTES).decode("utf-8-sig", "replace").strip()
-    return WriteKey(text) if text else None
+    return kind(text) if text else None
 
 
 def _file_problems(section: str, values: Mapping[str, Any]) -> Iterator[str]:

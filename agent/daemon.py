@@ -33,7 +33,7 @@ from agent.clock import Clock, SystemClock
 from agent.config import Loaded, files_beside, refresh
 from agent.console.control import PREFIX, Control
 from agent.contract import Terms
-from agent.errors import OutboxError
+from agent.errors import ConfigError, OutboxError
 from agent.forward.backoff import Backoff
 from agent.forward.budget import Budget, Window
 from agent.forward.disposition import GiveUp
@@ -52,6 +52,7 @@ from agent.outbox.reader import open_own_reader
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.upkeep import Retention, keep_up
 from agent.outbox.writer import Policy, Writer, open_writer
+from agent.redaction import MACHINE_ID, added_by, refinement
 from agent.rereading import LOOK_S, Rereading, stamps
 from agent.settings import Settings
 from agent.systemd import Notifier, WatchdogGate, inherited_sockets, watchdog_interval_s
@@ -77,6 +78,8 @@ async def run(
     loaded = refresh(loaded, environ)  # what changed before the stamps, at the latest
     settings, clock = loaded.settings, SystemClock()
     log_as(settings)
+    if loaded.unhashable is not None:
+        raise ConfigError(f"{loaded.unhashable}; no event is taken that could not be hashed")
     notifier = Notifier.from_environ(environ)
     interrupted, told = asyncio.Event(), asyncio.Event()
     _obey_signals(interrupted, told)
@@ -186,7 +189,7 @@ class _Parts:
         self.log_as(settings)  # first: it masks the new key
         self.writer.adopt(_policy(settings))
         self.guard.adopt(_guard(settings))
-        self.routes.terms = _terms(settings)
+        self.routes.terms = _terms(loaded)
         self.routes.destinations = _destinations(loaded, self.forwarders, self.app_keys)
         self.app_keys = loaded.app_keys
         self.control.adopt(
@@ -287,7 +290,7 @@ def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> R
     return Routes(
         writer,
         clock,
-        terms=_terms(loaded.settings),
+        terms=_terms(loaded),
         destinations=_destinations(loaded, ("", *loaded.settings.upstreams), {}),
         mounts=(
             Mount(PREFIX, control.answer),
@@ -298,8 +301,16 @@ def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> R
     )
 
 
-def _terms(settings: Settings) -> Terms:
-    return Terms(max_body_bytes=settings.ingest.max_body)
+def _terms(loaded: Loaded) -> Terms:
+    settings = loaded.settings
+    redact = settings.redact
+    agent = added_by(settings.context.agent)
+    if loaded.machine_id:
+        agent[MACHINE_ID] = loaded.machine_id
+    return Terms(
+        max_body_bytes=settings.ingest.max_body,
+        refine=refinement(drop=redact.drop, hashed=redact.hash, key=redact.key, agent=agent),
+    )
 
 
 def _destinations(

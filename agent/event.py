@@ -22,7 +22,7 @@ Kind = Literal["track", "identify", "page", "screen", "group"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
-class Event(msgspec.Struct, frozen=True, kw_only=True):
+class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One accepted message, as it is stored and as every attempt sends it.
 
     *lane* is a signed 64-bit hash of the user: events of one lane leave in order.

@@ -22,6 +22,7 @@ from agent.units import (
     Bytes,
     ProxyUrl,
     Seconds,
+    Secret,
     WriteKey,
     http_proxy,
     server_root,
@@ -61,6 +62,10 @@ class Key:
     @property
     def base(self) -> Any:
         return get_args(self.type)[0] if self.optional else self.type
+
+    @property
+    def secret(self) -> bool:
+        return self.base in {WriteKey, Secret}
 
     @property
     def allowed(self) -> str:
@@ -175,6 +180,8 @@ def toml(value: object) -> str:
     match value:
         case Seconds() | Bytes():
             return f'"{value.text}"'
+        case bool():
+            return json.dumps(value)
         case int():
             return str(value)
         case tuple():
@@ -191,7 +198,7 @@ def toml(value: object) -> str:
 
 def shown(key: Key, raw: object) -> str:
     """Return what a person gave, for an error message: short, on one line, and no secret in it."""
-    if key.base is WriteKey or (key.base is ProxyUrl and not isinstance(raw, str)):
+    if key.secret or (key.base is ProxyUrl and not isinstance(raw, str)):
         return MASK
     if key.help.check is sha256_digests:  # someone may have written the key in place of its digest
         return MASK

@@ -4,7 +4,8 @@
                                   ▶ Refusal:  why the one in force stays
 
 An agent that can deliver never lets go of that for a configuration with which it could not: a key
-file caught empty, a certificate that is gone. Values appear in no text, for some are secret. The
+file caught empty, a certificate that is gone. None takes one by which it would store what it is
+told to hash. Values appear in no text, for some are secret. The
 daemon reads, asks and carries out.
 """
 
@@ -47,9 +48,9 @@ class Refusal:
 def decide(old: Settings, new: Settings, problems: Sequence[str]) -> Takeover | Refusal:
     """Return what to make of *new*, read while *old* is in force.
 
-    *problems* are what keeps *new* from delivering, and did not keep *old* from it.
+    *problems* are what is wrong with *new*, and was not with *old*.
     """
-    if problems and _can_deliver(old):
+    if (problems and _can_deliver(old)) or new.redact.unhashable:
         return Refusal("; ".join(problems))
     kept = _kept_upstreams(old, new)
     differing = [

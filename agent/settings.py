@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from agent.redaction import additions, droppable, hash_key, hashable
 from agent.units import (
     Bytes,
     GiB,
@@ -20,6 +21,7 @@ from agent.units import (
     MiB,
     ProxyUrl,
     Seconds,
+    Secret,
     WriteKey,
     host_names,
     http_proxy,
@@ -113,6 +115,71 @@ class Ingest(msgspec.Struct, frozen=True, kw_only=True):
             check=socket_path,
         ),
     ] = ""
+
+
+class Redact(msgspec.Struct, frozen=True, kw_only=True):
+    drop: Annotated[
+        tuple[str, ...],
+        Help(
+            'Paths of values that are left out: ["properties.email", "context.ip", "files"]. An array'
+            ' on the way is gone through; "*" is any one name; a name with a dot in it stands in'
+            " quotes: 'properties.\"e.mail\"'. An event must keep its ids; those can be hashed.",
+            allowed="a list of paths, names with dots between them",
+            check=droppable,
+        ),
+    ] = ()
+    hash: Annotated[
+        tuple[str, ...],
+        Help(
+            'Paths of values of which a keyed hash is stored: ["userId", "traits.email"], written as'
+            " above. The same value has the same hash wherever it stands, so that it can still be"
+            " counted and joined. Without a key the agent does not start.",
+            allowed="a list of paths, names with dots between them",
+            check=hashable,
+        ),
+    ] = ()
+    key: Annotated[
+        Secret | None,
+        Help(
+            "The key of these hashes. Handy to try things; on a machine in the field keep it in a file"
+            " of its own, or hand it over as the systemd credential redact_key. With another key every"
+            " hash is another.",
+            allowed="16 or more printable ASCII characters; not together with key_file",
+            check=hash_key,
+        ),
+    ] = None
+    key_file: Annotated[
+        Path | None,
+        Help(
+            "A file that holds that key and nothing else, readable by the agent alone. Without this and"
+            " key, the systemd credential redact_key is used if there is one.",
+        ),
+    ] = None
+
+    @property
+    def unhashable(self) -> bool:
+        """Whether values are to be hashed, and there is no key: then no event may be taken."""
+        return bool(self.hash) and self.key is None
+
+
+class Context(msgspec.Struct, frozen=True, kw_only=True):
+    agent: Annotated[
+        tuple[str, ...],
+        Help(
+            'What to add, a name and a text each: ["site=berlin-3", "till=7"]. It wins over what an app'
+            " has there by the same name.",
+            allowed='a list of texts "name=value"',
+            check=additions,
+        ),
+    ] = ()
+    machine_id: Annotated[
+        bool,
+        Help(
+            "Add machineId, which is the same for as long as the system stays installed. It is made of"
+            " /etc/machine-id, and does not give that away.",
+            allowed="true or false",
+        ),
+    ] = False
 
 
 class Outbox(msgspec.Struct, frozen=True, kw_only=True):
@@ -416,6 +483,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     ingest: Annotated[Ingest, Help("Where apps on this machine hand in their events.")] = Ingest()
+    redact: Annotated[
+        Redact,
+        Help("What of an event is never stored, nor sent. For events accepted from now on."),
+    ] = Redact()
+    context: Annotated[
+        Context, Help("What is added to each event, under context.agent, before it is stored.")
+    ] = Context()
     outbox: Annotated[Outbox, Help("Where events wait, safe on disk, until delivered.")] = Outbox()
     upstream: Annotated[Upstream, Help("Where events go, and with which key.")] = Upstream()
     forward: Annotated[Forward, Help("How events are sent, and how failures are met.")] = Forward()

@@ -254,11 +254,17 @@ def _web_origin(origin: str) -> str:
         raise ValueError(
             f'"{origin}" would let pages of strangers post. Name each origin, such as "{example}"'
         )
-    if not origin.isascii() or "://" not in origin:
+    if "*" in origin:
         raise ValueError(
-            f"{json.dumps(origin)} is not an origin. Write it as browsers send it:"
-            f' scheme://host[:port], such as "{example}"'
+            f'{json.dumps(origin)} has a wildcard. Name each origin, such as "{example}"'
         )
+    if origin.lower().startswith("file:"):
+        raise ValueError(
+            'pages from files have no origin of their own: browsers send "null" for them, and for'
+            ' any page that asks for it. Serve yours, say as "http://localhost:8080"'
+        )
+    if not origin.isascii() or "://" not in origin:
+        raise _no_origin(origin, example)
     parts = _split(origin)
     default_port = {"http": 80, "https": 443}.get(parts.scheme)
     host = parts.netloc.lower().removesuffix(f":{default_port}")
@@ -267,7 +273,20 @@ def _web_origin(origin: str) -> str:
             "an origin has no path, user or query: write"
             f' "{parts.scheme}://{host.rpartition("@")[2]}"'
         )
+    if not _WEB_HOST.fullmatch(host):
+        raise _no_origin(origin, example)
     return f"{parts.scheme}://{host}"
+
+
+_WEB_HOST = re.compile(r"([\w-]+(\.[\w-]+)*|\[[0-9a-f:.]+\])(:[1-9][0-9]{0,4})?", re.ASCII)
+"""As browsers send it: one that is written otherwise would never be met."""
+
+
+def _no_origin(text: str, example: str) -> ValueError:
+    return ValueError(
+        f"{json.dumps(text)} is not an origin. Write it as browsers send it:"
+        f' scheme://host[:port], such as "{example}"'
+    )
 
 
 def server_root(url: str) -> str:
@@ -301,6 +320,15 @@ def socket_path(path: str) -> str:
     if len(fsencode(path)) > _SOCKET_PATH_BYTES:
         raise ValueError(f"the path of a socket has at most {_SOCKET_PATH_BYTES} bytes: shorten it")
     return path
+
+
+def write_key(key: WriteKey) -> WriteKey:
+    if not (key.reveal().isascii() and key.reveal().isprintable()):
+        raise ValueError(
+            "a write key is one line of printable ASCII, and this is not;"
+            " copy it again from your workspace"
+        )
+    return key
 
 
 def sha256_digests(digests: tuple[str, ...]) -> tuple[str, ...]:

@@ -270,6 +270,10 @@ FAULTS = {
         'an origin has no path, user or query: write "https://a.example"',
     ),
     "origin without scheme": ('[ingest]\nallowed_origins = ["a.example"]', "is not an origin"),
+    "origin in letters of no name": ('[ingest]\nallowed_origins = ["https://ä.x"]', "is not an origin"),
+    "origin with a broken port": ('[ingest]\nallowed_origins = ["http://a:"]', "is not an origin"),
+    "origins by wildcard": ('[ingest]\nallowed_origins = ["https://*.a.x"]', "has a wildcard. Name each"),
+    "origin of files": ('[ingest]\nallowed_origins = ["file://"]', "pages from files have no origin"),
     "relative socket": ('[ingest]\nunix_socket = "a"', "expected a whole path, such as"),
     "long socket": (f'[ingest]\nunix_socket = "/{"x" * 107}"', "has at most 107 bytes"),
     "endpoint for url": (

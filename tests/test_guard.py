@@ -180,6 +180,72 @@ def test_the_refusal_of_an_origin_names_it_and_the_remedy() -> None:
     assert "ingest.allowed_origins" in text
 
 
+# --- what an allowed page may read (CORS) ----------------------------------------------------------
+
+
+def test_an_allowed_page_may_read_the_answer_and_what_it_needs_to_send_again() -> None:
+    assert guard().cors({"host": PORT, "origin": SHOP}) == {
+        "Access-Control-Allow-Origin": SHOP,
+        "Access-Control-Allow-Credentials": "true",
+        "Access-Control-Expose-Headers": "Retry-After, Idempotent-Replayed",
+        "Vary": "Origin",
+    }
+
+
+def test_a_preflight_is_granted_the_headers_that_it_asks_for_ten_minutes() -> None:
+    granted = guard().cors(
+        {
+            "host": PORT,
+            "origin": SHOP,
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization,content-type,publicwritekey",
+        }
+    )
+    assert granted["Access-Control-Allow-Origin"] == SHOP
+    assert granted["Access-Control-Allow-Credentials"] == "true"
+    assert granted["Access-Control-Allow-Methods"] == "POST"
+    assert granted["Access-Control-Allow-Headers"] == "authorization,content-type,publicwritekey"
+    assert granted["Access-Control-Max-Age"] == "600"
+    assert "Access-Control-Allow-Private-Network" not in granted
+
+
+def test_the_preflight_of_chrome_before_142_is_granted_the_local_network() -> None:
+    asked = {
+        "host": PORT,
+        "origin": SHOP,
+        "access-control-request-method": "POST",
+        "access-control-request-private-network": "true",
+    }
+    assert guard().cors(asked)["Access-Control-Allow-Private-Network"] == "true"
+    assert guard().cors(asked | {"origin": "https://evil.example"}) == {}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"origin": ""},
+        {"origin": "null"},
+        {"origin": "*"},
+        {"origin": "https://evil.example"},
+        {"origin": SHOP.upper()},
+        {"origin": f"{SHOP}/"},
+        {"origin": f"{SHOP}:443"},
+        {"origin": f"{SHOP}, {SHOP}"},
+        {"origin": f"http://{PORT}"},
+    ],
+    ids=str,
+)
+def test_nobody_else_is_granted_anything(headers: dict[str, str]) -> None:
+    preflight = {
+        "host": PORT,
+        "access-control-request-method": "POST",
+        "access-control-request-private-network": "true",
+    }
+    assert guard().cors({"host": PORT, **headers}) == {}
+    assert guard().cors(preflight | headers) == {}
+
+
 # --- the body's announcement -----------------------------------------------------------------------
 
 
@@ -280,7 +346,19 @@ def test_a_bomb_takes_no_more_memory_than_the_largest_body() -> None:
     assert peak_bytes < 5 * LIMIT_BYTES
 
 
-@pytest.mark.parametrize("path", ["/api/agent/events", "/api/agent/dead/discard", "/readyz", "/"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/agent/events",
+        "/api/agent/dead/discard",
+        "/w/crm/api/agent/pause",
+        "/readyz",
+        "/metrics",
+        "/",
+        "/v1",
+        "/v1x/track",
+    ],
+)
 def test_an_allowed_origin_may_post_events_and_nothing_else(path: str) -> None:
     origin = "https://kiosk.example"
     allowing = Guard(
@@ -288,4 +366,5 @@ def test_an_allowed_origin_may_post_events_and_nothing_else(path: str) -> None:
     )
     headers = {"host": PORT, "origin": origin}
     assert allowing.judge(headers, TRACK) is None
+    assert allowing.judge(headers, "/v1/track") is None
     assert allowing.judge(headers, path) is not None

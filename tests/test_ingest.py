@@ -425,6 +425,30 @@ async def test_another_content_type_is_a_415(ingest: Ingest, content_type: str) 
     assert ingest.stored() == []
 
 
+@pytest.mark.parametrize("content_type", ["text/plain", "Text/Plain;charset=UTF-8"])
+async def test_the_text_of_an_allowed_page_is_read_as_json(
+    ingest: Ingest, content_type: str
+) -> None:
+    page = {"Origin": "https://shop.example", "Content_Type": content_type}
+    assert (await ingest.post(track(), **page))[0] == 204
+    assert [event["messageId"] for event in ingest.stored()] == ["m1"]
+
+    answer = await ingest.post(b"hello", **page)
+    assert assert_refused(answer, 400, "FST_ERR_VALIDATION").startswith("body: ")
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/html", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""],
+)
+async def test_what_else_an_allowed_page_may_send_is_a_415(
+    ingest: Ingest, content_type: str
+) -> None:
+    answer = await ingest.post(track(), Origin="https://shop.example", Content_Type=content_type)
+    assert_refused(answer, 415, "FST_ERR_CTP_INVALID_MEDIA_TYPE")
+    assert ingest.stored() == []
+
+
 async def test_an_unknown_encoding_is_a_415(ingest: Ingest) -> None:
     answer = await ingest.post(track(), Content_Encoding="br")
     assert assert_refused(answer, 415, "AGENT_UNSUPPORTED_ENCODING").startswith("Content-Encoding")

@@ -40,6 +40,7 @@ DECISIONS = (
     "outbox.salvage.log",
     "outbox.salvage.pages",
     "outbox.salvage.rows",
+    "redaction",
     "reload",
     "settings",
     "units",

@@ -391,8 +391,9 @@ def test_the_unit_is_hardened(unit: Path) -> None:
 def test_a_machine_without_a_key_still_starts_and_without_a_network_too() -> None:
     lines = UNIT.read_text().splitlines()
 
-    assert "LoadCredential=write_key:/etc/tranthor-agent/write_key" in lines
-    assert r"SetCredential=write_key:\n" in lines  # the default while the file is missing
+    for key in ("write_key", "redact_key"):
+        assert f"LoadCredential={key}:/etc/tranthor-agent/{key}" in lines
+        assert rf"SetCredential={key}:\n" in lines  # the default while the file is missing
     assert not [line for line in lines if "network-online" in line and not line.startswith("#")]
 
 

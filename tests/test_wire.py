@@ -183,6 +183,33 @@ def test_a_preflight_is_answered_with_what_is_allowed() -> None:
     assert f"\r\nAccess-Control-Allow-Origin: {SHOP}\r\n".encode() in sent
 
 
+def test_an_allowed_page_may_read_why_it_was_refused() -> None:
+    start = "POST /api/public/apps/track HTTP/1.1"
+    (exchange,) = read(head(f"Origin: {SHOP}", f"Content-Length: {LIMIT_BYTES + 1}", start=start))
+    assert refused(exchange).status == 413
+    assert isinstance(exchange, Exchange)
+    assert exchange.framing.cors["Access-Control-Allow-Origin"] == SHOP
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [[f"Origin: {SHOP}"], ["Access-Control-Request-Method: POST"]],
+    ids=["not asking for a method", "of no page"],
+)
+def test_options_without_a_preflight_are_for_the_routes(lines: list[str]) -> None:
+    (exchange,) = read(head(*lines, start="OPTIONS /api/public/apps/track HTTP/1.1"))
+    assert asked(exchange).method == "OPTIONS"
+
+
+@pytest.mark.parametrize("answer", [answer_json({}), refuse(400, "X", "y")], ids=["200", "400"])
+def test_what_has_a_body_is_of_no_use_to_a_page_that_may_not_read_it(answer: Answer) -> None:
+    sent = PLAIN.encode(answer)
+    assert b"\r\nX-Content-Type-Options: nosniff\r\n" in sent
+    assert b"; frame-ancestors 'none'\r\n" in sent
+    assert b"\r\nCross-Origin-Resource-Policy: same-origin\r\n" in sent
+    assert b"\r\nCache-Control: no-store\r\n" in sent
+
+
 def test_the_first_of_a_repeated_parameter_counts() -> None:
     (exchange,) = read(head(start="GET /?a=1&b=&a=2 HTTP/1.1"))
     assert asked(exchange).query == {"a": "1", "b": ""}

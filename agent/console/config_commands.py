@@ -12,6 +12,7 @@ import msgspec
 
 from agent.config import effective, search_path
 from agent.console.invocation import (
+    EX_CONFIG,
     PROGRAM,
     Group,
     echo_json,
@@ -61,6 +62,8 @@ def check(ctx: click.Context, as_json: bool) -> None:
             click.echo(f"missing  {printable(missing)}")
         if missing is None and not problems:
             click.echo("ok")
+    if loaded.unhashable is not None:
+        ctx.exit(EX_CONFIG)
     ctx.exit(1 if missing is not None or problems else 0)
 
 

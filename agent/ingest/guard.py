@@ -20,11 +20,14 @@ _LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _GZIP_OR_ZLIB = 47
 """zlib's wbits: 32 detects either header, 15 is the largest window (zlib manual, inflateInit2)."""
 
-_FOR_PAGES = "/api/public/"
-"""What an allowed origin may reach."""
+_FOR_PAGES = ("/api/public/", "/v1/")
+"""What an allowed origin may reach: where events are posted, and nothing else."""
 
 _PREFLIGHT_AGE_S = "600"
 """How long a browser may remember a preflight: ten minutes, so that a change is soon in force."""
+
+_READABLE = "Retry-After, Idempotent-Replayed"
+"""What an allowed page may read beside the body and its type."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,12 +58,20 @@ class Guard:
     def cors(self, headers: Mapping[str, str]) -> dict[str, str]:
         """Return the headers that let an allowed page read the answer; none for anybody else.
 
-        Source: Fetch standard, CORS protocol; Private Network Access for the last one.
+        Source: Fetch standard, CORS protocol; Private Network Access for the last one, which asks
+        in Chrome before 142. Its successor, Local Network Access, asks the person and no server.
         """
         origin = headers.get("origin")
         if origin is None or origin not in self.allowed_origins:
             return {}
-        granted = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        granted = {
+            "Access-Control-Allow-Origin": origin,
+            # A beacon always comes with credentials: its JSON would be dropped without a word.
+            # Nothing that is answered here depends on any.
+            "Access-Control-Allow-Credentials": "true",
+            "Access-Control-Expose-Headers": _READABLE,
+            "Vary": "Origin",
+        }
         if "access-control-request-method" in headers:
             granted["Access-Control-Allow-Methods"] = "POST"
             granted["Access-Control-Allow-Headers"] = headers.get(
@@ -84,7 +95,8 @@ class Guard:
     def _judge_origin(self, headers: Mapping[str, str], path: str) -> Answer | None:
         origin = headers.get("origin")
         if origin is None:
-            # A page may leave Origin out of a plain GET, but cannot leave this header out.
+            # A GET for a page comes without Origin. Browsers say this instead, of loopback names
+            # alone; with other names, what is answered is of no use to the page (`agent.ingest.wire`).
             if headers.get("sec-fetch-site") in {"cross-site", "same-site"}:
                 return _forbid("Sec-Fetch-Site: a page of another origin may not ask")
             return None
@@ -92,8 +104,12 @@ class Guard:
         if origin == f"http://{headers.get('host')}":
             return None
         # Others may post events: not look into the outbox, nor steer the agent.
-        if origin in self.allowed_origins and behind_prefix(path).startswith(_FOR_PAGES):
-            return None
+        if origin in self.allowed_origins:
+            if behind_prefix(path).startswith(_FOR_PAGES):
+                return None
+            return _forbid(
+                f"Origin: {origin[:100]!r} may post events to /api/public/apps/, and nothing else"
+            )
         return _forbid(
             f"Origin: {origin[:100]!r} may not post here; if the page is yours, add its origin"
             " to ingest.allowed_origins"

@@ -98,7 +98,7 @@ class Routes:
     def _take(self, endpoint: Endpoint, request: Request, upstream: str | None) -> Reply:
         """Take events for the *upstream* that the path names; None: for the one that the key means."""
         content_type = request.headers.get("content-type", "")
-        if content_type != _JSON and not _is_json(content_type):
+        if content_type != _JSON and not _is_json(content_type) and not _is_beacon(request):
             return refuse(
                 415,
                 "FST_ERR_CTP_INVALID_MEDIA_TYPE",
@@ -165,4 +165,17 @@ _JSON = "application/json"
 
 
 def _is_json(content_type: str) -> bool:
-    return content_type.partition(";")[0].strip().lower() == _JSON
+    return _media_type(content_type) == _JSON
+
+
+def _is_beacon(request: Request) -> bool:
+    """Tell whether it may be JSON that a page calls text, as navigator.sendBeacon(url, text) does.
+
+    Any page can send that without asking; but one that is not allowed did not pass the guard.
+    """
+    content_type = request.headers.get("content-type", "")
+    return "origin" in request.headers and _media_type(content_type) == "text/plain"
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()

@@ -67,7 +67,7 @@ class Framing(msgspec.Struct, frozen=True, kw_only=True):
         """Return the whole response: one write, so that it leaves in one segment."""
         headers = {"Server": "tranthor-agent", **answer.headers, **self.cors}
         if answer.body:
-            headers["Content-Type"] = answer.content_type
+            headers = {**_SEALED, **headers, "Content-Type": answer.content_type}
         if answer.status != HTTPStatus.NO_CONTENT:  # of which RFC 9110, 8.6 forbids a length
             headers["Content-Length"] = str(len(answer.body))
         if self.closes or answer.close:
@@ -78,6 +78,15 @@ class Framing(msgspec.Struct, frozen=True, kw_only=True):
         head = f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}\r\n{lines}\r\n"
         return head.encode("latin-1") + (b"" if self.bodiless else answer.body)
 
+
+_SEALED = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+"""What is in a body is not for a page of somebody else: neither as a script or image, nor in a frame,
+nor from a cache. For browsers without Sec-Fetch-Site, whose GETs look like those of an app."""
 
 PLAIN = Framing()
 """That of nearly all."""
@@ -289,7 +298,7 @@ class Reader:
 
     def _asked(self) -> Request | Answer:
         method, headers = self._method, self._headers
-        if method == "OPTIONS" and "access-control-request-method" in headers:
+        if method == "OPTIONS" and {"origin", "access-control-request-method"} <= headers.keys():
             return Answer(status=204)  # the preflight of an allowed page; cors says what it may
         return Request(
             method="GET" if method == "HEAD" else method,

@@ -68,7 +68,7 @@ class Bury:
 Settlement = Ack | Retry | Bury
 
 
-class Head(msgspec.Struct, frozen=True, array_like=True):
+class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What the forwarder knows of a pending event. *body* is None where it is large: read it when sent.
 
     *seq* is the order of acceptance. *failing_since_ms* is the first answer about it, if any.
