@@ -1,6 +1,7 @@
 """A write key is sent to its upstream and shows nowhere else, whatever goes wrong.
 
-Canary keys, of the upstream, of an app and of a proxy, in a daemon that logs at debug level. Every
+Canary keys, of the upstream, of an app, of a proxy and of hashes, and what is redacted of events, in a
+daemon that logs at debug level. Every
 error there is is provoked, with peers that quote the key in all they say; then everything that a
 person or another program could read is searched, for pieces and disguises too.
 
@@ -44,7 +45,10 @@ pytestmark = pytest.mark.process
 KEY = "wk/Canary+7f3a:e91c==d04b"
 APP_KEY = "app/Canary+55aa:0c0c==9e9e"
 PROXY_PASSWORD = "proxy-Canary-c3c3d4d4"
-SECRETS = (KEY, APP_KEY, PROXY_PASSWORD)
+HASH_KEY = "hash/Canary+9d9d:5e5e==77aa"
+CARD = "4111-canary-0000-9999"
+MAIL = "somebody+canary@post.invalid"
+SECRETS = (KEY, APP_KEY, PROXY_PASSWORD, HASH_KEY, CARD, MAIL)
 
 FORWARD = 'backoff_base = "20ms"\nbackoff_max = "50ms"\nhold_probe = "100ms"\n'
 
@@ -133,8 +137,11 @@ async def canary(
             )
             for name, url in urls.items()
         }
+        redact = "drop = ['\"card\"']\nhash = ['\"mail\"']\n" + _hash_key_of(
+            source, folder, monkeypatch
+        )
         agent = await enter(
-            running_agent(folder, log='level = "debug"', forward=FORWARD, **sections)
+            running_agent(folder, log='level = "debug"', forward=FORWARD, redact=redact, **sections)
         )
         yield Canary(agent, upstream)
 
@@ -155,6 +162,20 @@ def _key_of(source: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatc
         case _:
             section = f"UPSTREAMS__{name.upper()}" if name else "UPSTREAM"
             monkeypatch.setenv(f"TRANTHOR_AGENT_{section}__WRITE_KEY", KEY)
+    return ""
+
+
+def _hash_key_of(source: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    match source:
+        case "inline":
+            return f'key = "{HASH_KEY}"'
+        case "file":
+            (folder / "hash_key").write_text(HASH_KEY)
+            return 'key_file = "hash_key"'
+        case "credential":
+            (folder / "credentials" / "redact_key").write_text(HASH_KEY)
+        case _:
+            monkeypatch.setenv("TRANTHOR_AGENT_REDACT__KEY", HASH_KEY)
     return ""
 
 
@@ -214,7 +235,7 @@ async def provoke(canary: Canary) -> None:
     agent, upstream = canary.agent, canary.upstream
     for number, (name, misfortune) in enumerate(MISFORTUNES.items()):
         upstream.answer, asked = misfortune, upstream.requests
-        sent = post(event(f"m{number}", note=name), _AUTHORIZATION)
+        sent = post(event(f"m{number}", note=name, card=CARD, mail=MAIL), _AUTHORIZATION)
         # To the upstream that has no more to do with the app's key than the path says.
         sent = sent.replace(b"POST /", b"POST /w/default/", 1)
         assert statuses(await talk(agent.port, sent)) == (204,), name
@@ -235,9 +256,8 @@ async def provoke(canary: Canary) -> None:
         post(b"{}", _AUTHORIZATION),
         post(event("x"), _AUTHORIZATION, host="evil.example"),
         post(event("x"), f"Authorization: Bearer {APP_KEY}", "Content-Length: 5"),
-        post(event("x"), start=f"POST /w/{KEY[:2]}{quote(APP_KEY, safe='')}/x HTTP/1.1")
-        .replace(quote(APP_KEY, safe="").encode(), b"other"),
-    ):  # fmt: skip
+        post(event("x"), _AUTHORIZATION, start="POST /w/other/x HTTP/1.1"),
+    ):
         canary.keep("an answer to an app", await talk(agent.port, sent))
     await agent.until(
         lambda status: all(status["upstreams"][name]["reason"] for name in UPSTREAMS[1:])
@@ -342,6 +362,9 @@ BROKEN = {
     "beside a file": f'[upstream]\nwrite_key = "{KEY}"\nwrite_key_file = "key"',
     "for a digest": f'[upstreams.crm]\napp_key_sha256 = ["{KEY}"]',
     "of a named upstream": f'[upstreams.crm]\nwrite_key = ["{KEY}"]',
+    "of hashes": f'[redact]\nhash = ["userId"]\nkey = ["{KEY}"]',
+    "of hashes, beside a file": f'[redact]\nkey = "{KEY}"\nkey_file = "key"',
+    "of hashes, in two lines": f'[redact]\nkey = "{KEY}\\n{KEY}"',
     "beside a bad value": f'[upstream]\nwrite_key = "{KEY}"\ntimeout = 5',
 }
 
