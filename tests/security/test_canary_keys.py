@@ -10,8 +10,8 @@ user, since the kernel shows there what a process was started with. That alone i
 README advises a file or a credential.
 
 Planted bugs that these were seen to find: an answer that is stored as it came, or masked but for its
-disguises, or cut before it is masked; a redirect that is shown as it came; values of the configuration
-in errors; and logs without a redactor.
+disguises, or cut before it is masked; a redirect and an error of the client that are shown as they came;
+values of the configuration in errors, and a secret that shows itself in `config show`.
 """
 
 from __future__ import annotations

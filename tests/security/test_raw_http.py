@@ -7,13 +7,18 @@ without one, and connections that are remembered when they have gone.
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import AsyncIterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from processes import AgentProcess, running_agent
+from processes import DEADLINE_S, AgentProcess, running_agent
 from security.hostile import GROUPS, HIDDEN, LIMIT_BYTES, MIB, Case
-from security.raw import event, memory_bytes, post, statuses, talk, troubles
+from security.raw import event, head, memory_bytes, post, statuses, talk, troubles
+
+from agent.ingest.wire import READING_BYTES
 
 pytestmark = pytest.mark.process
 
@@ -93,3 +98,32 @@ async def flood(agent: AgentProcess) -> None:
         for case in cases:
             for status in statuses(await talk(agent.port, case.sent), case.sent):
                 assert status < 500, case.name
+
+
+async def test_bodies_half_sent_by_many_are_refused_before_they_fill_memory(
+    agent: AgentProcess,
+) -> None:
+    """Together they would be twice what may be half read; who came first may go on."""
+    loop, pid = asyncio.get_running_loop(), agent.process.pid
+    fresh_bytes = memory_bytes(pid)
+    half = head(f"Content-Length: {LIMIT_BYTES}") + bytes(LIMIT_BYTES - 1)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(socket.socket()) for _ in range(2 * ROOM)]
+        async with asyncio.timeout(DEADLINE_S):
+            for client in clients:
+                client.setblocking(False)
+                await loop.sock_connect(client, ("127.0.0.1", agent.port))
+                with suppress(ConnectionError):
+                    await loop.sock_sendall(client, half)
+            answered = await loop.sock_recv(clients[-1], 65_536)
+        assert statuses(answered) == (503,)
+        assert b"Retry-After: 1\r\n" in answered
+        assert memory_bytes(pid) < fresh_bytes + READING_BYTES + SLACK_BYTES
+    async with asyncio.timeout(DEADLINE_S):
+        # As soon as it has noticed that they left.
+        while statuses(await talk(agent.port, post(event("after them")))) != (204,):
+            pass
+    assert not troubles(agent, pid)
+
+
+ROOM = READING_BYTES // LIMIT_BYTES
