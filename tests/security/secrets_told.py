@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from functools import lru_cache
 from urllib.parse import quote, quote_plus
 
 PIECE_CHARS = 10
@@ -13,11 +14,17 @@ PIECE_CHARS = 10
 def traces(secret: str, found: bytes) -> list[str]:
     """Return the forms in which *secret* stands in *found*, in part at least; none: it is kept."""
     lowered = found.lower()
-    return sorted({form for form in _forms(secret) if form.encode().lower() in lowered})
+    return [form for form, spelt in _forms_of(secret) if spelt in lowered]
+
+
+@lru_cache
+def _forms_of(secret: str) -> tuple[tuple[str, bytes], ...]:
+    return tuple((form, form.encode().lower()) for form in sorted(set(_forms(secret))))
 
 
 def _forms(secret: str) -> Iterator[str]:
-    for at in range(len(secret) - PIECE_CHARS + 1):
+    ends_at = len(secret) - PIECE_CHARS
+    for at in {*range(0, ends_at, PIECE_CHARS // 2), ends_at}:
         piece = secret[at : at + PIECE_CHARS]
         yield piece
         yield piece.replace("/", "\\/")
