@@ -4,11 +4,13 @@ A real daemon with one event to deliver, and a peer that keeps all that it was t
 and `status` names what to mend; `config check` tells what can be known beforehand.
 
 Planted bugs that these were seen to find: redirects that are followed, certificates or their names
-that are not checked, plain HTTP to any machine or by any proxy, and a problem that is kept quiet.
+that are not checked, plain HTTP to any machine or by any proxy, a problem that is kept quiet, and an
+answer that is read to its end.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import ssl
 import subprocess
@@ -24,6 +26,7 @@ from certificates import Certificates, why_no_certificates
 from click.testing import CliRunner
 from processes import DEADLINE_S, AgentProcess, environ, running_agent
 from security.peers import STORED, Peer, listening, response
+from security.raw import memory_bytes
 from test_link import a_network_of_ones_own
 
 import agent.__main__  # noqa: F401  # adds `run` to the commands
@@ -182,6 +185,23 @@ async def test_a_proxy_that_answers_for_the_upstream_is_told_nothing(tmp_path: P
         assert (await agent.status())["pending"] == 1
         assert proxy.heard.startswith(b"CONNECT upstream.example:443 ")
         assert_kept_from(proxy)
+
+
+async def test_an_answer_that_is_a_bomb_is_read_no_further_than_its_beginning(
+    tmp_path: Path,
+) -> None:
+    bomb = response("400 Bad Request", gzip.compress(bytes(64 * MIB)), "Content-Encoding: gzip")
+    async with (
+        listening(bomb) as peer,
+        with_an_event(tmp_path, f"http://127.0.0.1:{peer.port}") as agent,
+    ):
+        await agent.until(lambda status: status["dead"] == 1)
+        assert memory_bytes(agent.process.pid, "VmHWM") < PEAK_BYTES
+
+
+MIB = 1024 * 1024
+PEAK_BYTES = 80 * MIB
+"""At rest it takes 45 to 50."""
 
 
 # --- plain HTTP beyond this machine ---
