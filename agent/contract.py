@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import msgspec
 
@@ -52,8 +52,29 @@ class Terms:
 
 PLAIN = Terms()
 
-_Text = str | int | float
+# What the checks further down ask beyond the types is said here for the description of the API alone
+# (`msgspec.Meta.extra_json_schema`), which costs nothing when a body is read.
+
+_Text = Annotated[str, msgspec.Meta(extra_json_schema={"minLength": 1})] | int | float
 """What the upstream makes a string of."""
+
+_Timestamp = Annotated[
+    str,
+    msgspec.Meta(
+        description="ISO 8601; without a zone it is UTC, and without it the time of receipt.",
+        extra_json_schema={"format": "date-time"},
+    ),
+]
+
+_IDENTIFIED = msgspec.Meta(
+    extra_json_schema={
+        "anyOf": [
+            {"required": [name], "properties": {name: {"type": ["string", "number"]}}}
+            for name in ("userId", "anonymousId")
+        ]
+    }
+)
+"""Of the two ids one is not null."""
 
 
 class _Message(msgspec.Struct, rename="camel"):
@@ -62,12 +83,15 @@ class _Message(msgspec.Struct, rename="camel"):
     message_id: _Text
     user_id: _Text | None = None
     anonymous_id: _Text | None = None
-    timestamp: str | None = None
+    timestamp: _Timestamp | None = None
     context: dict[str, Any] | None = None
 
 
+_FILE_TYPE = "Base64Encoded"
+
+
 class _File(msgspec.Struct, rename="camel"):
-    type: str
+    type: Annotated[str, msgspec.Meta(extra_json_schema={"const": _FILE_TYPE})]
     name: str
     mime_type: str
     data: str
@@ -86,7 +110,7 @@ class _Identify(_Message):
 class _View(_Message):
     """Of a page or a screen."""
 
-    name: _Text | None = None
+    name: str | int | float | None = None
     properties: dict[str, Any] | None = None
 
 
@@ -114,6 +138,11 @@ _SHAPES: dict[Kind, _Shape] = {
     "screen": _Shape(_View),
     "group": _Shape(_Group, "groupId"),
 }
+
+
+def type_of(kind: Kind) -> Any:
+    """Return the type of a body of that kind, for whoever describes it."""
+    return Annotated[_SHAPES[kind].struct, _IDENTIFIED]
 
 
 def read_event(kind: Kind, raw: bytes, *, received_ms: int, terms: Terms = PLAIN) -> Event:
@@ -240,8 +269,6 @@ def _check_types(fields: Fields, shape: _Shape) -> None:
                 f'files[{i}].type: expected "{_FILE_TYPE}", got {shorten(repr(file["type"]))}'
             )
 
-
-_FILE_TYPE = "Base64Encoded"
 
 _EXPECTED = re.compile(r"^Expected `(?P<expected>.*)`, got `(?P<got>.*)`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<name>.*)`$")

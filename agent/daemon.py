@@ -158,6 +158,7 @@ async def run(
         notifier.ready(await _summary(control))
         await interrupted.wait()
         notifier.stopping("finishing what is in flight")
+        writer.waiters.end()  # who waits for an event is told how it stands
         log.info("agent.stop_requested")
     log.info("agent.stopped")
 

@@ -31,6 +31,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
 
 
+class Refusal(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """The body of an error answer. *code* is for programs, *message* for people."""
+
+    status_code: int
+    code: str
+    error: str
+    message: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What goes back. *close* ends the connection after it."""
@@ -58,15 +67,10 @@ def refuse(
     retry_after_s: float | None = None,
     close: bool = False,
 ) -> Answer:
-    """Return an error answer: `{"statusCode", "code", "error", "message"}`.
+    """Return an error answer, a `Refusal`.
 
     *retry_after_s* is sent rounded up to whole seconds, as Retry-After requires (RFC 9110, 10.2.3).
     """
     headers = {} if retry_after_s is None else {"Retry-After": str(math.ceil(retry_after_s))}
-    body = {
-        "statusCode": status,
-        "code": code,
-        "error": HTTPStatus(status).phrase,
-        "message": message,
-    }
+    body = Refusal(status_code=status, code=code, error=HTTPStatus(status).phrase, message=message)
     return Answer(status=status, body=msgspec.json.encode(body), headers=headers, close=close)

@@ -249,6 +249,39 @@ async def test_the_events_are_listed_over_http_page_by_page(agent_process: Agent
     assert refused["statusCode"] == 400
 
 
+async def test_what_a_query_or_body_cannot_mean_is_refused(agent_process: AgentProcess) -> None:
+    for query in ("reason=null", "limit=null", "upstream=", f"acceptedBeforeMs={10**19}", "limit=1e1",
+                  f"after={'9' * 5000}", "user=ann&colour=blue"):  # fmt: skip
+        assert (await agent_process.ask("GET", f"events?{query}"))["statusCode"] == 400
+    assert (await agent_process.ask("POST", "pause?upstream="))["statusCode"] == 400
+    assert (await agent_process.ask("GET", "events?user=null"))["events"] == []
+    bodies: list[object] = [
+        {"acceptedBeforeMs": 0.5},
+        {"acceptedBeforeMs": 1e300},
+        {"all": 1},
+        [],
+        {},
+    ]
+    for body in bodies:
+        assert (await agent_process.ask("POST", "dead/discard", body))["statusCode"] == 400
+    assert (await agent_process.ask("POST", "dead/discard", {"acceptedBeforeMs": 164.0})) == {
+        "discarded": 0
+    }
+
+
+async def test_a_receipt_is_whole_whatever_an_event_calls_event(
+    agent_process: AgentProcess,
+) -> None:
+    await agent_process.ask("POST", "pause")
+    identify = {"messageId": "m-1", "userId": "ann", "event": {"not": "a name"}}
+    assert await agent_process.post(identify, "identify") == 204
+
+    shown = await ask("show", "m-1", "--json", config=agent_process.config)
+
+    assert json.loads(shown.stdout)["event"] is None
+    assert json.loads(shown.stdout)["waitsFor"] == "resume"
+
+
 async def test_the_metrics_say_what_status_says(agent_process: AgentProcess) -> None:
     for number in range(3):
         await agent_process.post(event(f"metric-{number}"))

@@ -31,6 +31,7 @@ DECISIONS = (
     "forward.disposition",
     "forward.lanes",
     "forward.trials",
+    "forward.waits",
     "ingest.destinations",
     "ingest.guard",
     "ingest.wire",

@@ -23,6 +23,7 @@ from agent.console.diagnosis import count
 from agent.console.invocation import (
     NOT_RUNNING,
     PROGRAM,
+    STILL_PENDING,
     Program,
     complain,
     echo_json,
@@ -36,7 +37,7 @@ from agent.console.listing import (
     seconds,
     upstream_option,
 )
-from agent.console.receipts import view
+from agent.console.receipts import unknown
 from agent.console.status import Report, Status
 from agent.errors import AgentError
 from agent.outbox.records import Selection, State
@@ -141,33 +142,56 @@ def list_events(
 
 @cli.command()
 @click.argument("message_id")
+@upstream_option
+@click.option(
+    "--wait",
+    "wait_s",
+    metavar="TIME",
+    callback=seconds,
+    help="Return once it is delivered or dead, or after 30s, 5m …",
+)
 @json_option
 @click.pass_context
-def show(ctx: click.Context, message_id: str, as_json: bool) -> None:
+def show(
+    ctx: click.Context, message_id: str, upstream: str | None, wait_s: float | None, as_json: bool
+) -> None:
     """Show all that is known of one event.
 
-    Where it stands, since when, its attempts, the upstream's answer, and its body. An id that
-    was sent to several upstreams is as many events.
+    Where it stands and what it waits for, since when, its attempts, the upstream's answer, and its
+    body. An id that was sent to several upstreams is as many events.
+
+    Exit code 0: known; with --wait: delivered. 1: unknown; with --wait: or dead. 3: with --wait,
+    still pending.
     """
     from agent.console.operations import receipts
 
     loaded = settings_in_effect()
-    found = asyncio.run(receipts(loaded, message_id))
+    found = asyncio.run(receipts(loaded, message_id, upstream, wait_s=wait_s or 0))
     if not found:
         kept = loaded.settings.outbox.delivered_retention.text
         complain(
             f"{message_id[:200]}: unknown here; it was never accepted, or discarded, or delivered"
             f" more than {kept} ago (outbox.delivered_retention)"
         )
+        if as_json:
+            echo_json(unknown(message_id))
         ctx.exit(1)
     if as_json:
         for receipt in found:
-            echo_json(view(receipt))
+            echo_json(receipt)
     else:
-        from agent.console.rendering import print_event
+        from agent.console.rendering import print_receipt
 
         for receipt in found:
-            print_event(receipt, program(), now_ms=SystemClock().wall_ms())
+            print_receipt(receipt, program(), now_ms=SystemClock().wall_ms())
+    if wait_s is not None:
+        ctx.exit(_exit_code({receipt.state for receipt in found}))
+
+
+def _exit_code(states: set[State]) -> int:
+    if "dead" in states:
+        return 1
+    return STILL_PENDING if "pending" in states else 0
 
 
 cli.add_command(dead_group)

@@ -6,26 +6,43 @@ Plain requests in, plain answers out; `agent.daemon` mounts it on the listener, 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
-from typing import Annotated, Protocol
+from contextlib import suppress
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from agent.clock import Clock
 from agent.console import dead_letters
-from agent.console.receipts import view
+from agent.console.messages import (
+    DeadRequest,
+    Discarded,
+    EventQuery,
+    EventsPage,
+    EventsQuery,
+    Health,
+    Requeued,
+    SteeringQuery,
+)
+from agent.console.receipts import (
+    WAIT_MAX_S,
+    Unattended,
+    Wait,
+    receipt_view,
+    unknown,
+    view,
+    wait_s,
+)
 from agent.console.status import Flow, Standing, Status, collect
 from agent.errors import OutboxError
 from agent.exchange import Answer, Request, answer_json, refuse
-from agent.outbox.reader import Reader
-from agent.outbox.records import Selection, State, label, unlabel
+from agent.outbox.reader import Reader, receipt_of
+from agent.outbox.records import Receipt, Selection, label, unlabel
 from agent.outbox.refusals import RETRY_UNAVAILABLE_S, refuse_for
 from agent.outbox.writer import Writer
 
 PREFIX = "/api/agent/"
-
-_EVENTS_LIMIT = 1000
-"""Events in one answer at most; `after` reads on."""
 
 
 class _UnknownUpstreamError(Exception):
@@ -39,20 +56,7 @@ class Link(Protocol):
     def resume(self) -> None: ...
     def flush(self) -> None: ...
     def flow(self) -> Flow: ...
-
-
-class _EventsQuery(Selection, frozen=True, kw_only=True):
-    """The query of GET events. *after* is the seq that the page before ended with."""
-
-    state: State = "pending"
-    after: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
-    limit: Annotated[int, msgspec.Meta(ge=1, le=_EVENTS_LIMIT)] = 50
-
-
-class DeadRequest(Selection, frozen=True, kw_only=True):
-    """Which dead letters: by a condition, or *all* said in so many words."""
-
-    all: bool = False
+    def wait_of(self, seq: int, lane: int) -> Wait: ...
 
 
 class Control:
@@ -77,6 +81,7 @@ class Control:
         self._max_bytes = max_bytes
         self.config_problem: str | None = None
         """Why a configuration read anew was refused; None while the last one is in force."""
+        self._document: Answer | None = None
         # One search at a time: others wait here, not in the reader's thread, where none can end.
         self._searching = asyncio.Lock()
 
@@ -99,7 +104,7 @@ class Control:
 
     async def health(self, request: Request) -> Answer:
         """GET /healthz: the process answers."""
-        return answer_json({"status": "ok"}) if request.method == "GET" else _not_found(request)
+        return answer_json(Health("ok")) if request.method == "GET" else _not_found(request)
 
     async def readiness(self, request: Request) -> Answer:
         """GET /readyz: events are accepted now; 503 says why not."""
@@ -107,7 +112,7 @@ class Control:
             return _not_found(request)
         if why := self._writer.fault or self._writer.full:
             return refuse(503, "AGENT_NOT_READY", why, retry_after_s=RETRY_UNAVAILABLE_S)
-        return answer_json({"status": "ready"})
+        return answer_json(Health("ready"))
 
     async def metrics(self, request: Request) -> Answer:
         """GET /metrics: the numbers of `status`, for Prometheus."""
@@ -131,6 +136,8 @@ class Control:
                 "Content-Type: expected application/json, as no form can send it",
             )
         match request.method, path:
+            case "GET", "openapi.json":
+                return self._described()
             case "GET", "status":
                 return await self._status()
             case "GET", "events":
@@ -148,7 +155,7 @@ class Control:
 
     def _upstream(self, request: Request) -> str | None:
         """Return the one that `upstream` in the query names; None for all."""
-        text = request.query.get("upstream")
+        text = _query(request, SteeringQuery).upstream
         if text is not None and unlabel(text) not in self._links:
             known = ", ".join(sorted(map(label, self._links)))
             raise _UnknownUpstreamError(
@@ -191,31 +198,70 @@ class Control:
             config_problem=self.config_problem,
         )
 
+    def _described(self) -> Answer:
+        if self._document is None:
+            # Most machines never want it.
+            from agent.console.openapi import document  # noqa: PLC0415
+
+            self._document = answer_json(document(map(label, self._links)))
+        return self._document
+
     async def _events(self, request: Request) -> Answer:
-        query = msgspec.convert(dict(request.query), _EventsQuery, strict=False)
+        query = _query(request, EventsQuery)
         async with self._searching:
             found = await self._reader.select(
                 query.state, query, after=query.after, limit=query.limit
             )
         return answer_json(
-            {
-                "events": [view(receipt) for receipt in found],
-                "nextAfter": found[-1].seq if len(found) == query.limit else None,
-            }
+            EventsPage(
+                events=[view(receipt) for receipt in found],
+                next_after=found[-1].seq if len(found) == query.limit else None,
+            )
         )
 
     async def _event(self, request: Request, message_id: str) -> Answer:
-        text = request.query.get("upstream")
-        upstream = None if text is None else unlabel(text)
-        receipt = await self._reader.receipt(message_id, upstream)
+        query = _query(request, EventQuery)
+        upstream = None if query.upstream is None else unlabel(query.upstream)
+        waited_s = _wait_s(query.wait)
+        if isinstance(waited_s, Answer):
+            return waited_s
+        known = await self._settled(message_id, upstream, waited_s)
+        receipt = receipt_of(known, upstream)
         if receipt is None:
-            return refuse(
-                404,
-                "AGENT_UNKNOWN_EVENT",
-                f"messageId {message_id[:200]!r} is unknown: never accepted, discarded, or"
-                " delivered longer ago than outbox.delivered_retention",
+            return answer_json(unknown(message_id), status=404)
+        wait = self._wait_of(receipt) if receipt.state == "pending" else None
+        return answer_json(receipt_view(receipt, wait, known))
+
+    async def _settled(
+        self, message_id: str, upstream: str | None, waited_s: float
+    ) -> list[Receipt]:
+        """Return the receipts of one id, once that of *upstream* is settled or *waited_s* are over."""
+        if waited_s:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(waited_s):
+                    await self._wait_until_settled(message_id, upstream)
+        return await self._reader.receipts(message_id)
+
+    async def _wait_until_settled(self, message_id: str, upstream: str | None) -> None:
+        waiters = self._writer.waiters
+        seq = await self._pending_seq(message_id, upstream)
+        while seq is not None and not waiters.over:
+            with waiters.watch(seq) as told:
+                if await self._pending_seq(message_id, upstream) == seq:
+                    await told.wait()
+            seq = await self._pending_seq(message_id, upstream)
+
+    async def _pending_seq(self, message_id: str, upstream: str | None) -> int | None:
+        receipt = await self._reader.receipt(message_id, upstream)
+        return receipt.seq if receipt is not None and receipt.state == "pending" else None
+
+    def _wait_of(self, receipt: Receipt) -> Wait:
+        link = self._links.get(receipt.upstream)
+        if link is None or receipt.lane is None:
+            return Unattended(
+                "upstream", f"the configuration has no [upstreams.{receipt.upstream}] any more"
             )
-        return answer_json(view(receipt))
+        return link.wait_of(receipt.seq, receipt.lane)
 
     async def _requeue(self, request: Request) -> Answer:
         selection = _selected(request)
@@ -224,19 +270,21 @@ class Control:
         requeued = await dead_letters.requeue(
             self._reader, self._writer, selection, now_ms=self._clock.wall_ms()
         )
-        return answer_json({"requeued": requeued})
+        return answer_json(Requeued(requeued))
 
     async def _discard(self, request: Request) -> Answer:
         selection = _selected(request)
         if isinstance(selection, Answer):
             return selection
-        return answer_json(
-            {"discarded": await dead_letters.discard(self._reader, self._writer, selection)}
-        )
+        discarded = await dead_letters.discard(self._reader, self._writer, selection)
+        return answer_json(Discarded(discarded))
 
 
 def _selected(request: Request) -> Selection | Answer:
-    selection = msgspec.json.decode(request.body or b"{}", type=DeadRequest)
+    tree = msgspec.json.decode(request.body or b"{}")
+    if isinstance(tree, dict):  # to JSON 164.0 is the same as 164
+        tree = {name: _whole(value) for name, value in tree.items()}
+    selection = msgspec.convert(tree, DeadRequest)
     if selection == DeadRequest():
         return refuse(
             400,
@@ -245,6 +293,43 @@ def _selected(request: Request) -> Selection | Answer:
             ' "acceptedBeforeMs", "acceptedAfterMs", or "all": true',
         )
     return selection
+
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Q = TypeVar("_Q", bound=msgspec.Struct)
+
+
+def _query(request: Request, query: type[_Q]) -> _Q:
+    """Return the query as *query*. Raises `msgspec.ValidationError`.
+
+    Not by `strict=False`, to which the text null is nothing.
+    """
+    given = {
+        name: int(text) if name in _NUMBERS and _INTEGER.fullmatch(text) else text
+        for name, text in request.query.items()
+    }
+    return msgspec.convert(given, query)
+
+
+_NUMBERS = frozenset({"limit", "after", "acceptedBeforeMs", "acceptedAfterMs"})
+_INTEGER = re.compile(r"-?[0-9]{1,40}", re.ASCII)
+
+
+def _wait_s(text: str) -> float | Answer:
+    try:
+        waited_s = wait_s(text)
+    except ValueError as exc:
+        return refuse(400, "AGENT_BAD_REQUEST", f"wait: {text[:40]!r}: {exc}")
+    if waited_s > WAIT_MAX_S:
+        return refuse(
+            400,
+            "AGENT_BAD_REQUEST",
+            f"wait: {text[:40]!r} is over the limit of {WAIT_MAX_S:.0f} s; ask again when it is over",
+        )
+    return waited_s
 
 
 _FORM_TYPES = frozenset({"text/plain", "application/x-www-form-urlencoded", "multipart/form-data"})

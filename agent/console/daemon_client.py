@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from agent.console.control import PREFIX
+from agent.console.messages import Discarded, Requeued
+from agent.console.receipts import UNKNOWN_EVENT, ReceiptView
 from agent.console.status import Status
 from agent.errors import AgentError
+from agent.exchange import Refusal
 from agent.outbox.records import Selection
 
 _SERVER = "tranthor-agent"
@@ -38,19 +42,11 @@ class DaemonSilentError(AgentError):
 
 
 class DaemonRefusedError(AgentError):
-    """The daemon answered that it will not, or cannot. The text is its own."""
+    """The daemon answered that it will not, or cannot. The text is its own, as is *code*."""
 
-
-class _Refusal(msgspec.Struct):
-    message: str
-
-
-class _Requeued(msgspec.Struct):
-    requeued: int
-
-
-class _Discarded(msgspec.Struct):
-    discarded: int
+    def __init__(self, text: str, code: str) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class DaemonClient:
@@ -73,16 +69,32 @@ class DaemonClient:
     async def flush(self, upstream: str | None = None) -> Status:
         return await self._call("POST", _about("flush", upstream), answer=Status)
 
+    async def receipt(
+        self, message_id: str, upstream: str | None = None, *, wait_s: float = 0
+    ) -> ReceiptView | None:
+        """Return where the event stands once it is settled or *wait_s* are over; None: not known.
+
+        *upstream* is a label; None: the first of those that the id is known for.
+        """
+        query = {"wait": f"{wait_s:.3f}"} | ({} if upstream is None else {"upstream": upstream})
+        path = f"events/{quote(message_id, safe='')}?{urlencode(query)}"
+        try:
+            return await self._call("GET", path, answer=ReceiptView, timeout_s=wait_s + _STATUS_S)
+        except DaemonRefusedError as exc:
+            if exc.code == UNKNOWN_EVENT:
+                return None
+            raise
+
     async def requeue(self, selection: Selection) -> int:
         """Return how many dead letters of *selection* are pending again; none given means all."""
         path, body = "dead/requeue", _body(selection)
-        answer = await self._call("POST", path, answer=_Requeued, body=body, timeout_s=_BULK_S)
+        answer = await self._call("POST", path, answer=Requeued, body=body, timeout_s=_BULK_S)
         return answer.requeued
 
     async def discard(self, selection: Selection) -> int:
         """Return how many dead letters of *selection* are gone for good; none given means all."""
         path, body = "dead/discard", _body(selection)
-        answer = await self._call("POST", path, answer=_Discarded, body=body, timeout_s=_BULK_S)
+        answer = await self._call("POST", path, answer=Discarded, body=body, timeout_s=_BULK_S)
         return answer.discarded
 
     async def _call(
@@ -97,7 +109,7 @@ class DaemonClient:
         try:
             async with self._session.request(
                 method,
-                f"{self.address}{PREFIX}{path}",
+                URL(f"{self.address}{PREFIX}{path}", encoded=True),
                 data=b"" if body is None else msgspec.json.encode(body),
                 headers={"Content-Type": "application/json"},
                 timeout=aiohttp.ClientTimeout(total=timeout_s),
@@ -122,13 +134,13 @@ class DaemonClient:
         try:
             if status == 200:
                 return msgspec.json.decode(content, type=answer)
-            refusal = msgspec.json.decode(content, type=_Refusal)
+            refusal = msgspec.json.decode(content, type=Refusal)
         except msgspec.DecodeError as exc:
             raise DaemonSilentError(
                 f"{self.address} is answered by an agent of another version (status {status});"
                 " restart it"
             ) from exc
-        raise DaemonRefusedError(f"the agent answers {status}: {refusal.message}")
+        raise DaemonRefusedError(f"the agent answers {status}: {refusal.message}", refusal.code)
 
 
 @asynccontextmanager

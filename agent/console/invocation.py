@@ -1,7 +1,8 @@
 """What every command shares: --config in both places, exit codes, quiet ends and safe output.
 
 Exit codes: 0 done; 1 failed; 2 used wrongly, or nothing runs; 78 misconfigured (EX_CONFIG of
-sysexits.h); 130 ended by Ctrl-C (128 + SIGINT). `status` has its own meanings of 1, 2 and 3.
+sysexits.h); 130 ended by Ctrl-C (128 + SIGINT). `status` has its own meanings of 1, 2 and 3, and
+`show --wait` of 1 and 3.
 Loads neither rich nor aiohttp.
 """
 
@@ -22,6 +23,7 @@ from agent.errors import AgentError, ConfigError
 PROGRAM = "tranthor-agent"
 
 NOT_RUNNING = 2
+STILL_PENDING = 3
 EX_CONFIG = 78
 INTERRUPTED = 130
 

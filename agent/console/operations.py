@@ -30,6 +30,7 @@ from agent.console.daemon_client import (
     DaemonSilentError,
     open_client,
 )
+from agent.console.receipts import WAIT_MAX_S, ReceiptView, Unattended, receipt_view
 from agent.console.status import OutboxStatus, Report, Standing, Status, Unreadable, collect
 from agent.errors import AgentError, OutboxError
 from agent.observe import logs
@@ -125,10 +126,54 @@ async def events(
         after, left = page[-1].seq, left - size
 
 
-async def receipts(loaded: Loaded, message_id: str) -> list[Receipt]:
-    """Return where the events of one id stand, of each upstream; none where it is not known (any more)."""
+async def receipts(
+    loaded: Loaded, message_id: str, upstream: str | None = None, *, wait_s: float = 0
+) -> list[ReceiptView]:
+    """Return where the events of one id stand, of each upstream or of that of the label *upstream*.
+
+    None where it is not known (any more). With *wait_s* they are waited for until all are settled,
+    as long as an agent runs that could settle them. Raises `DaemonRefusedError` then.
+    """
+    ingest = loaded.settings.ingest
+    async with open_client(ingest.host, ingest.port) as client:
+        try:
+            if _is_of(await client.status(), loaded):
+                return await _told(client, message_id, upstream, wait_s)
+        except DaemonSilentError:
+            pass
+        except DaemonRefusedError:  # it may know no more than that it cannot read
+            if wait_s:
+                raise
+    alone = Unattended("agent", "no agent runs here that answers")
     async with _reading(await _outbox_path(loaded)) as reader:
-        return await reader.receipts(message_id)
+        known = await reader.receipts(message_id)
+    return [
+        receipt_view(each, alone if each.state == "pending" else None, known)
+        for each in known
+        if upstream in {None, label(each.upstream)}
+    ]
+
+
+async def _told(
+    client: DaemonClient, message_id: str, upstream: str | None, wait_s: float
+) -> list[ReceiptView]:
+    """Return what the daemon says of each, one after the other: together they wait *wait_s*."""
+    clock = SystemClock()
+    until_s = clock.monotonic_s() + wait_s
+    first = await client.receipt(message_id, upstream)
+    if first is None:
+        return []
+    found: list[ReceiptView] = []
+    for name in first.upstreams if upstream is None else (upstream,):
+        receipt = first if name == first.upstream else await client.receipt(message_id, name)
+        while receipt is not None and receipt.state == "pending":
+            left_s = until_s - clock.monotonic_s()
+            if left_s <= 0:
+                break
+            receipt = await client.receipt(message_id, name, wait_s=min(left_s, WAIT_MAX_S))
+        if receipt is not None:
+            found.append(receipt)
+    return found
 
 
 # --- who has the outbox ---

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import assert_never
 
 import msgspec
@@ -20,9 +21,11 @@ from rich.text import Text
 
 from agent.console.diagnosis import Level, count, duration, findings, level
 from agent.console.invocation import printable, printable_json
+from agent.console.receipts import ReceiptView, WaitsFor
 from agent.console.receipts import view as event_view
 from agent.console.status import Report, Status, Unreadable
 from agent.outbox.records import Receipt, State
+from agent.settings import DEFAULT_UPSTREAM
 
 _PIPE_COLUMNS = 4096
 """Width where no terminal sets one: nothing is cut, so that an id can be copied whole."""
@@ -63,31 +66,32 @@ def print_events(receipts: Iterable[Receipt], state: State, *, now_ms: int) -> N
     _console().print(table)
 
 
-def print_event(receipt: Receipt, program: str, *, now_ms: int) -> None:
+def print_receipt(shown: ReceiptView, program: str, *, now_ms: int) -> None:
     """Print all that is known of one event, and what a person can do about it."""
-    shown = event_view(receipt)
     facts = _facts()
     _fact(facts, "messageId", shown.message_id)
-    _fact(facts, "upstream", shown.upstream if receipt.upstream else None)
-    _fact(facts, "state", _standing(receipt, now_ms))
+    _fact(facts, "upstream", None if shown.upstream == DEFAULT_UPSTREAM else shown.upstream)
+    _fact(facts, "state", f"dead: {shown.reason}" if shown.state == "dead" else shown.state)
+    _fact(facts, "waits for", _awaited(shown))
     _fact(facts, "event", shown.event)
     _fact(facts, "type", shown.kind)
     _fact(facts, "userId", shown.user_id)
     _fact(facts, "anonymousId", shown.anonymous_id)
-    _fact(facts, "accepted", _instant(shown.accepted_at, receipt.accepted_ms, now_ms))
-    settled = "delivered" if receipt.state == "delivered" else "set aside"
-    _fact(facts, settled, _instant(shown.settled_at, receipt.settled_ms, now_ms))
-    _fact(facts, "failing since", _instant(shown.failing_since, receipt.failing_since_ms, now_ms))
-    if receipt.state != "delivered":
-        _fact(facts, "attempts", receipt.attempts)
-    _fact(facts, "status", receipt.status)
-    _fact(facts, "answer", receipt.answer)
+    _fact(facts, "accepted", _instant(shown.accepted_at, now_ms))
+    settled = "delivered" if shown.state == "delivered" else "set aside"
+    _fact(facts, settled, _instant(shown.settled_at, now_ms))
+    _fact(facts, "failing since", _instant(shown.failing_since, now_ms))
+    if shown.state != "delivered":
+        _fact(facts, "attempts", shown.attempts)
+    _fact(facts, "last error", shown.last_error)
+    _fact(facts, "status", shown.status)
+    _fact(facts, "answer", shown.answer)
     parts: list[RenderableType] = [facts]
-    if receipt.body is not None:
-        pretty = msgspec.json.format(receipt.body, indent=2).decode()
+    if (body := bytes(shown.body)) != b"null":
+        pretty = msgspec.json.format(body, indent=2).decode()
         parts += ["", *(Text(printable_json(line)) for line in pretty.split("\n"))]
-    if receipt.state == "dead":
-        remedy = f"{program} dead requeue {shlex.quote(receipt.message_id)}"
+    if shown.state == "dead":
+        remedy = f"{program} dead requeue {shlex.quote(shown.message_id)}"
         parts += ["", _remedy(f"once it can pass: {remedy}; to delete it: dead discard")]
     _console().print(Group(*parts))
 
@@ -220,10 +224,33 @@ def _standing(receipt: Receipt, now_ms: int) -> str:
             return state
 
 
-def _instant(text: str | None, instant_ms: int | None, now_ms: int) -> str | None:
-    if text is None or instant_ms is None:
+_AWAITED: dict[WaitsFor, str] = {
+    "answer": "the upstream's answer",
+    "turn": "its turn",
+    "predecessor": "an earlier event",
+    "backoff": "the next attempt",
+    "hold": "a person to mend something",
+    "budget": "its budget",
+    "resume": "the end of a pause",
+    "upstream": "an upstream to be configured",
+    "agent": "the agent to be started",
+}
+
+
+def _awaited(shown: ReceiptView) -> str | None:
+    if shown.waits_for is None:
         return None
-    return f"{text} ({duration((now_ms - instant_ms) / 1000)} ago)"
+    text = _AWAITED[shown.waits_for]
+    if shown.next_attempt_in_s is not None:
+        text += f", in {duration(shown.next_attempt_in_s)}"
+    return text if shown.wait_reason is None else f"{text}: {shown.wait_reason}"
+
+
+def _instant(text: str | None, now_ms: int) -> str | None:
+    if text is None:
+        return None
+    age_s = now_ms / 1000 - datetime.fromisoformat(text).timestamp()
+    return f"{text} ({duration(age_s)} ago)"
 
 
 def _cell(value: object) -> Text:

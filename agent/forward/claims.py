@@ -23,6 +23,9 @@ class Claim:
     def of(cls, heads: list[Head]) -> Claim:
         return cls(tuple(heads), heads[0].seq)
 
+    def holds(self, seq: int) -> bool:
+        return any(head.seq == seq for head in self.heads)
+
 
 def part(
     claim: Claim, lane_of: Callable[[Head], int], *, at: int | None

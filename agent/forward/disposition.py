@@ -109,6 +109,21 @@ class Misconfigured:
 Outcome = Delivered | Rejected | Failed | Unavailable | Misconfigured
 
 
+def error_of(outcome: Outcome) -> str:
+    """Return for people what went wrong; empty if nothing did."""
+    match outcome:
+        case Rejected(status, answer):
+            return f"{status}: {answer}"
+        case Failed(status, answer):
+            return f"the upstream answers {status} {answer}".rstrip()
+        case Unavailable(why=why) | Misconfigured(why):
+            return why
+        case Delivered():
+            return ""
+        case _:
+            assert_never(outcome)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GiveUp:
     """When an event that keeps being answered 5xx is set aside.

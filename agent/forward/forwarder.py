@@ -34,6 +34,7 @@ from agent.forward.disposition import (
     Rejected,
     Split,
     Unavailable,
+    error_of,
     is_blamed,
     may_be_stored,
     verdict,
@@ -44,6 +45,7 @@ from agent.forward.supply import Supply
 from agent.forward.tally import Tally
 from agent.forward.trials import Trials
 from agent.forward.upstream import Endpoint, Upstream
+from agent.forward.waits import Wait, wait_of
 from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, Bury, Retry, Settlement
 from agent.outbox.writer import Writer
@@ -107,6 +109,8 @@ class Forwarder:
         self._in_flight = 0
         self._unsettled = 0
         self._trials = Trials()
+        self._sent: dict[int, Claim] = {}
+        """Claims under way, or whose delivery is not recorded yet."""
         self._fit = plan.fit
         self._recollected = False
         self._kept_back: KeptBack | None = None
@@ -180,6 +184,19 @@ class Forwarder:
             limit=self._breaker.limit,
             parked_users=self._supply.lanes.parked,
             ambiguous=self._tally.resent,
+        )
+
+    def wait_of(self, seq: int, lane: int) -> Wait:
+        """Return what keeps a pending event from being delivered now."""
+        place = self._supply.lanes.place(seq, lane)
+        sent = next((claim for claim in self._sent.values() if claim.holds(seq)), None)
+        claim = sent or place.claim
+        return wait_of(
+            self.flow(),
+            place,
+            sent=sent is not None,
+            last_error=None if claim is None else self._trials.last_error(claim),
+            now_s=self._clock.monotonic_s(),
         )
 
     def _state(self) -> tuple[FlowState, str]:
@@ -363,6 +380,7 @@ class Forwarder:
             self._supply.lanes.again(claim, until_s=None)  # the link broke while it was read
             return
         endpoint, body = self._request(claim, bodies)
+        self._sent[claim.key] = claim
         self._tally.sending(bodies)
         self._pay(len(bodies), len(body) + REQUEST_BYTES)  # before: others ask meanwhile
         outcome = await self._send(endpoint, body)
@@ -404,6 +422,7 @@ class Forwarder:
         blamed = is_blamed(outcome, record, probe=ticket.probe)
         match decided:
             case Split(at):
+                del self._sent[claim.key]
                 self._trials.struck(claim, outcome, now_s, blamed=blamed)
                 self._trials.part(claim, self._supply.lanes.split(claim, at=at))
             case (Ack() | Bury(), *_):
@@ -429,6 +448,8 @@ class Forwarder:
         if done.cancelled():
             return
         final = [change.seq for change in changes if not isinstance(change, Retry)]
+        if final:
+            del self._sent[claim.key]
         self._tally.clear(final)
         self._supply.settled(final)
         for head, change in zip(claim.heads, changes, strict=True):
@@ -443,6 +464,7 @@ class Forwarder:
 
     def _put_off(self, claim: Claim, outcome: Outcome, now_s: float, *, blamed: bool) -> None:
         """Let other lanes go first; a claim whose own failure this may be waits longer each time."""
+        del self._sent[claim.key]
         strikes = self._trials.struck(claim, outcome, now_s, blamed=blamed)
         wait_s = self._plan.backoff.wait_s(strikes, self._rng) if blamed else None
         self._supply.lanes.again(claim, until_s=None if wait_s is None else now_s + wait_s)
@@ -454,11 +476,11 @@ class Forwarder:
         match outcome:
             case Delivered():
                 self._breaker.succeed(ticket, now_s, delivered=len(claim.heads))
-            case Rejected(status, answer):
-                self._note_error(f"{status}: {answer}")
+            case Rejected():
+                self._note_error(error_of(outcome))
                 self._breaker.succeed(ticket, now_s, delivered=0)
-            case Failed(status, answer):
-                why = self._note_error(f"the upstream answers {status} {answer}".rstrip())
+            case Failed():
+                why = self._note_error(error_of(outcome))
                 self._breaker.falter(ticket, now_s, why)
             case Unavailable(why=why, retry_after_s=None, too_much=True):
                 self._note_error(why)

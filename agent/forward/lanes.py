@@ -67,6 +67,19 @@ class Gap(NamedTuple):
     upto: int
 
 
+class Place(NamedTuple):
+    """Where an event stands that somebody asks about.
+
+    *claim* is the one that it failed in and will be sent with again. Not before *until_s*, if any, be it
+    that claim or the one that the lane waits for: then *behind* is the messageId in front.
+    """
+
+    claim: Claim | None = None
+    until_s: float | None = None
+    behind: str | None = None
+    urgent: bool = False
+
+
 @dataclass(slots=True, eq=False)
 class _Lane:
     key: int
@@ -310,6 +323,20 @@ class Lanes:
     def parked(self) -> int:
         """How many users wait on an event that fails."""
         return self._parked_lanes
+
+    def place(self, seq: int, user: int) -> Place:
+        """Return where the event *seq* stands. Looks through all claims that failed."""
+        key = user if self._ordered else seq
+        lane = self._lanes.get(key)
+        urgent = lane is not None and seq <= lane.urgent_upto
+        for until_s, _, claim in self._parked:
+            if claim.holds(seq):
+                return Place(claim, until_s, urgent=urgent)
+            in_front = next((head for head in claim.heads if self._key(head) == key), None)
+            if in_front is not None:
+                return Place(None, until_s, behind=in_front.message_id, urgent=urgent)
+        claims = (each for each in self._ready if isinstance(each, Claim))
+        return Place(next((each for each in claims if each.holds(seq)), None), urgent=urgent)
 
     # --- which lane ---
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from agent.forward.claims import Claim
-from agent.forward.disposition import FRESH, Misconfigured, Outcome, Record
+from agent.forward.disposition import FRESH, Misconfigured, Outcome, Record, error_of
 
 
 @dataclass(slots=True)
@@ -23,6 +23,7 @@ class _Streak:
 @dataclass(slots=True)
 class _Trial:
     strikes: int = 0
+    last_error: str = ""
     streaks: dict[type[Outcome], _Streak] = field(default_factory=dict)
 
 
@@ -58,7 +59,13 @@ class Trials:
             streak.delivered_before = self._delivered
         streak.strikes += blamed
         trial.strikes += blamed
+        trial.last_error = error_of(outcome)
         return trial.strikes
+
+    def last_error(self, claim: Claim) -> str | None:
+        """Return what came of the last attempt at *claim*; None where none failed."""
+        trial = self._trials.get(claim.key)
+        return None if trial is None else trial.last_error
 
     def part(self, claim: Claim, parts: list[Claim]) -> None:
         """Begin for the parts of *claim* where that was, so that one bad event is soon found."""
@@ -67,7 +74,7 @@ class Trials:
             return
         for each in parts:
             streaks = {kind: replace(streak) for kind, streak in trial.streaks.items()}
-            self._trials[each.key] = _Trial(trial.strikes, streaks)
+            self._trials[each.key] = _Trial(trial.strikes, trial.last_error, streaks)
 
     def over(self, claim: Claim) -> None:
         """It failed for the last time, or not at all."""

@@ -9,8 +9,11 @@ of its own: the server looks at each connection every second. A client that stal
 | sends a body              | `body_s`   | 408                  |
 | does not read its answer  | `write_s`  |                      |
 | was refused and stays     | `linger_s` | the refusal, before  |
+| waits, its side closed    | `linger_s` |                      |
 
-counted from the last answer, or for a body from its head. Who is one too many is told so at once.
+counted from the last answer, for a body from its head, for the last from that closing. Who waits for
+a GET and goes away is forgotten; a POST is carried out all the same. Who is one
+too many is told so at once.
 """
 
 from __future__ import annotations
@@ -82,6 +85,8 @@ class Connection(asyncio.Protocol):
         self._reader = Reader(shared.guard, shared.reading)
         self._transport: asyncio.Transport
         self._awaited: Later[Any] | None = None
+        self._looking: asyncio.Task[Answer] | None = None
+        """The handler of a GET, which may be given up."""
         self._framing = PLAIN
         self._since_s = self._now_s()
         self._paused = False
@@ -121,6 +126,8 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """Stay open for the answers that are owed, as `curl | nc` and the like expect."""
         self._client_done = True
+        if self._awaited is not None:
+            self._since_s = self._now_s()
         return self._busy and not self._lingering
 
     def pause_writing(self) -> None:
@@ -132,6 +139,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # the base class's
         self._reader.close()
+        if self._looking is not None:
+            self._looking.cancel()
         self._shared.connections.discard(self)
         if self._shared.stopping and not self._shared.connections:
             self._shared.emptied.set()
@@ -146,6 +155,10 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
         elif self._lingering:
             if waited_s > deadlines.linger_s:
+                self._transport.abort()
+        elif self._looking is not None:
+            # A whole close looks the same as half a one: neither is waited for long.
+            if self._client_done and waited_s > deadlines.linger_s:
                 self._transport.abort()
         elif self._awaited is None:
             self._look_at_reading(waited_s)
@@ -206,13 +219,15 @@ class Connection(asyncio.Protocol):
             task = self._shared.tasks.create_task(_contained(reply))
             self._shared.handling.add(task)
             task.add_done_callback(self._shared.handling.discard)
+            if request.method == "GET":
+                self._looking = task
             reply = Later(task, asyncio.Future.result)
         self._awaited = reply
         reply.future.add_done_callback(self._conclude)
 
     def _conclude(self, future: asyncio.Future[Any]) -> None:
         awaited = cast("Later[Any]", self._awaited)
-        self._awaited = None
+        self._awaited = self._looking = None
         if future.cancelled():
             self._transport.abort()  # the server ends
             return

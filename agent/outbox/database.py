@@ -71,6 +71,11 @@ class Database:
         return self._store.withdrawn
 
     @property
+    def withdrawn_upto(self) -> int:
+        """The highest seq among those."""
+        return self._store.withdrawn_upto
+
+    @property
     def waiting(self) -> Mapping[str, int]:
         """How many events are pending for each named upstream that has some."""
         return self._store.waiting

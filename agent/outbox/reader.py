@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,8 @@ SELECT event.seq,
        dead.reason,
        dead.status,
        dead.answer,
-       COALESCE(pending.body, dead.body)
+       COALESCE(pending.body, dead.body),
+       COALESCE(pending.lane, dead.lane)
   FROM event
   LEFT JOIN pending ON pending.seq = event.seq
   LEFT JOIN dead    ON dead.seq = event.seq
@@ -210,20 +211,21 @@ _ROWS: dict[State, str] = {
     "pending": """
 SELECT seq, message_id, event.upstream, state, kind, accepted_ms, settled_ms, attempts,
        failing_since_ms, NULL AS reason, NULL AS status, NULL AS answer,
-       CASE WHEN length(body) <= :listed_bytes THEN body END
+       CASE WHEN length(body) <= :listed_bytes THEN body END, lane
   FROM pending
   JOIN event USING (seq)
 """,
     "dead": """
 SELECT seq, message_id, event.upstream, state, kind, accepted_ms, settled_ms, attempts,
        NULL AS failing_since_ms, reason, status, answer,
-       CASE WHEN length(body) <= :listed_bytes THEN body END
+       CASE WHEN length(body) <= :listed_bytes THEN body END, lane
   FROM dead
   JOIN event USING (seq)
 """,
     "delivered": """
 SELECT seq, message_id, upstream, state, NULL AS kind, accepted_ms, settled_ms, 0 AS attempts,
-       NULL AS failing_since_ms, NULL AS reason, NULL AS status, NULL AS answer, NULL AS body
+       NULL AS failing_since_ms, NULL AS reason, NULL AS status, NULL AS answer, NULL AS body,
+       NULL AS lane
   FROM event
 """,
 }
@@ -406,10 +408,7 @@ class Reader:
 
     async def receipt(self, message_id: str, upstream: str | None = None) -> Receipt | None:
         """Return where the event stands, the default upstream's before others'; None if not known."""
-        for receipt in await self.receipts(message_id):
-            if upstream in {None, receipt.upstream}:
-                return receipt
-        return None
+        return receipt_of(await self.receipts(message_id), upstream)
 
     async def select(
         self, state: State, selection: Selection, *, after: int = 0, limit: int
@@ -616,6 +615,11 @@ def _ids(message_ids: tuple[str, ...]) -> dict[str, str]:
     }
 
 
+def receipt_of(receipts: Iterable[Receipt], upstream: str | None) -> Receipt | None:
+    """Return that of *upstream*; None: the first."""
+    return next((each for each in receipts if upstream in {None, each.upstream}), None)
+
+
 def _names(urgent: Sequence[str]) -> str | None:
     return msgspec.json.encode(urgent).decode() if urgent else None
 
@@ -635,6 +639,7 @@ def _receipt(row: sqlite3.Row) -> Receipt:
         status,
         answer,
         body,
+        lane,
     ) = row
     return Receipt(
         seq=seq,
@@ -650,4 +655,5 @@ def _receipt(row: sqlite3.Row) -> Receipt:
         status=status,
         answer=answer,
         body=body,
+        lane=lane,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -151,7 +151,10 @@ class Salvage(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """Where one event stands. *settled_ms* is when it was delivered or set aside."""
+    """Where one event stands. *settled_ms* is when it was delivered or set aside.
+
+    *body* and *lane* are None once it is delivered.
+    """
 
     seq: int
     message_id: str
@@ -166,6 +169,14 @@ class Receipt:
     answer: str | None
     body: bytes | None
     upstream: str = ""
+    lane: int | None = None
+
+
+Label = Annotated[str, msgspec.Meta(min_length=1)]
+"""What people call an upstream; empty would be the default one, which has a name here."""
+
+_Instant = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""Unix ms; SQLite knows no larger integer."""
 
 
 class Selection(
@@ -185,10 +196,10 @@ class Selection(
     """
 
     message_ids: tuple[str, ...] = ()
-    upstream: str | None = None
+    upstream: Label | None = None
     event: str | None = None
     user: str | None = None
     reason: Reason | None = None
     text: str | None = None
-    accepted_before_ms: int | None = None
-    accepted_after_ms: int | None = None
+    accepted_before_ms: _Instant | None = None
+    accepted_after_ms: _Instant | None = None

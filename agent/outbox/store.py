@@ -266,6 +266,8 @@ class Store:
         ((self.last_seq,),) = self.fetch(_LAST_SEQ)
         self.withdrawn = 0
         """How many pending events were evicted or expired: whoever has read some must look again."""
+        self.withdrawn_upto = 0
+        """The highest seq among those."""
         self.waiting: Mapping[str, int] = dict(self.fetch(_NAMED))
         """How many events are pending for each named upstream that has some.
 
@@ -274,9 +276,15 @@ class Store:
         """
         self._waiting_more: Counter[str] = Counter()
         """What the open transaction changes of that."""
+        self._withdrawing: list[int] = []
+        """What the open transaction evicts and expires."""
 
     def committed(self) -> None:
         self.ids.committed()
+        if self._withdrawing:
+            self.withdrawn_upto = max(self.withdrawn_upto, *self._withdrawing)
+            self.withdrawn += len(self._withdrawing)
+            self._withdrawing = []
         if self._waiting_more:
             waiting = Counter(self.waiting)
             waiting.update(self._waiting_more)
@@ -286,6 +294,7 @@ class Store:
     def rolled_back(self) -> None:
         self.ids.rolled_back()
         self._waiting_more = Counter()
+        self._withdrawing = []
 
     def append(self, events: Sequence[Event]) -> list[Appended]:
         """Queue the events whose ids are not known yet; return what became of each, in order."""
@@ -428,7 +437,7 @@ class Store:
         self._delete_pending(seqs)
         evicted = self._forget(seqs, "pending")
         self.change(_COUNT_EVICTED, n=evicted)
-        self.withdrawn += evicted
+        self._withdrawing += seqs
         return evicted
 
     def expire(self, cutoff_ms: int, *, now_ms: int, limit: int) -> int:
@@ -447,7 +456,7 @@ class Store:
                 for (seq,) in seqs
             ]
         )
-        self.withdrawn += expired
+        self._withdrawing += [seq for (seq,) in seqs]
         return expired
 
     def pending(self) -> int:

@@ -39,9 +39,10 @@ from agent.outbox import database, files, lock
 from agent.outbox.intake import Group, Intake, Perform, refuse, reject, resolve
 from agent.outbox.news import News
 from agent.outbox.opening import Opening
-from agent.outbox.records import Appended, Settlement
+from agent.outbox.records import Appended, Retry, Settlement
 from agent.outbox.room import Policy, Results, Room
 from agent.outbox.store import Store
+from agent.outbox.waiters import Waiters
 
 __all__ = ["Policy", "Writer", "open_writer"]
 
@@ -73,6 +74,8 @@ class Writer:
         """Why nothing can be written right now, for `status`; None while all is well."""
         self.appended = News()
         """Told of each commit that made events pending."""
+        self.waiters = Waiters()
+        """Told of each commit after which some are pending no longer."""
         self.commits = 0
         """Transactions committed so far: the writer's progress, for the watchdog."""
         self.opening = Opening(path, clock, owned)
@@ -87,6 +90,7 @@ class Writer:
         self._group = _NOTHING
         """What was taken last, in the database's thread: what a failure is about."""
         self._busy = False
+        self._withdrawn_told = 0
 
     # --- what callers ask ---
 
@@ -163,6 +167,7 @@ class Writer:
         self.opening.salvaged(name)
         self._begin()  # with the settlements that waited for it
         self.appended.set()
+        self.waiters.tell_all()
 
     def stop(self) -> None:
         """Let `run` end once what is queued was committed. Never cancel it: its thread goes on."""
@@ -299,6 +304,15 @@ class Writer:
         if stored:
             self._room.full = None
             self.appended.tell(stored)
+        if self.waiters:
+            self._tell_waiters(group)
+
+    def _tell_waiters(self, group: Group = _NOTHING) -> None:
+        changes = chain.from_iterable(job.settlements for job in group.settles)
+        self.waiters.tell(change.seq for change in changes if not isinstance(change, Retry))
+        if self._withdrawn_told != self.withdrawn:
+            self._withdrawn_told = self.withdrawn
+            self.waiters.tell_upto(self.opening.database.withdrawn_upto)
 
     async def _recover(self, exc: Exception) -> None:
         """Carry on after a group that could not be committed."""
@@ -350,6 +364,7 @@ class Writer:
             raise
         self.commits += 1
         self._room.committed()
+        self._tell_waiters()
         return result
 
     # --- faults ---
