@@ -9,12 +9,12 @@ import os
 import sys
 from functools import partial
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from agent.config import Loaded
 from agent.console.commands import cli
 from agent.console.invocation import PROGRAM, settings_in_effect
 from agent.settings import Settings
+from agent.units import proxy_secrets
 
 if TYPE_CHECKING:
     from agent.observe.logs import Redactor
@@ -55,8 +55,8 @@ def _configure_logs(redactor: Redactor, settings: Settings) -> None:
     for upstream in (settings.upstream, *settings.upstreams.values()):
         if upstream.write_key is not None:
             redactor.add(upstream.write_key.reveal())
-        if upstream.proxy:
-            redactor.add(urlsplit(upstream.proxy).password or "")
+        for secret in proxy_secrets(upstream.proxy or ""):
+            redactor.add(secret)
     if settings.redact.key is not None:
         redactor.add(settings.redact.key.reveal())
     configure(settings.log.level, settings.log.format, sys.stderr, redactor)

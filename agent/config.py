@@ -37,7 +37,16 @@ from agent.settings import (
     NamedUpstream,
     Settings,
 )
-from agent.units import Bytes, Seconds, Secret, WriteKey, app_keys, key_digest, write_key
+from agent.units import (
+    Bytes,
+    Seconds,
+    Secret,
+    WriteKey,
+    app_keys,
+    key_digest,
+    why_readable,
+    write_key,
+)
 
 APP = "tranthor-agent"
 FILE_VARIABLE = f"{PREFIX}CONFIG"
@@ -212,6 +221,7 @@ def _settled(
             handed_over = _credential_path(credential, environ, file)
             problems += _settle_key(dotted, WriteKey, write_key, values, origins, handed_over)
         problems += _file_problems(_section(name), values)
+        problems += _readable(_section(name), values)
     if values.get("redact.hash"):
         problems += _settle_hash_key(values, origins, environ, file)
     machine = ""
@@ -717,6 +727,12 @@ def _file_problems(section: str, values: Mapping[str, Any]) -> Iterator[str]:
                 f"{name} = {toml(path)}: cannot be read ({exc.strerror});"
                 " check the path and its permissions"
             )
+
+
+def _readable(section: str, values: Mapping[str, Any]) -> Iterator[str]:
+    url = values.get(f"{section}.url")
+    if url and (why := why_readable(url, values.get(f"{section}.proxy"))):
+        yield f"{section}.url = {toml(url)} {why}"
 
 
 def _outbox_path(environ: Mapping[str, str], file: Path | None) -> tuple[Path, str]:

@@ -172,7 +172,7 @@ def read_batch(raw: bytes, *, received_ms: int, terms: Terms = PLAIN) -> Iterato
         raise InvalidEventError("batch: required, but missing")
     shared = {name: members[name] for name in terms.shared if members.get(name, _NULL) != _NULL}
     for name, value in shared.items():
-        _within(name, read_object, value)
+        _within(name, read_object, value, depth=2)  # as in each of the events
     left_bytes = _SPREAD * terms.max_body_bytes
     for index, item in enumerate(_within("batch", read_items, members["batch"])):
         event = _within(f"batch[{index}]", _item, item, shared, received_ms, terms)

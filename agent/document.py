@@ -23,12 +23,15 @@ _MAX_NUMBER = sys.float_info.max
 """A larger integer overflows the upstream's double-precision numbers to Infinity."""
 
 
-def read_object(raw: bytes) -> dict[str, Any]:
-    """Return the object that *raw* spells. Raises `InvalidEventError`."""
+def read_object(raw: bytes, depth: int = 1) -> dict[str, Any]:
+    """Return the object that *raw* spells. Raises `InvalidEventError`.
+
+    *depth* is the level that it will stand on, 1 for an event itself.
+    """
     fields = _decode(raw, _ANYTHING)
     if not isinstance(fields, dict):
         raise InvalidEventError(f"body: expected object, got {type_name(fields)}")
-    _check_tree(raw, fields)
+    _check_tree(raw, fields, depth)
     return fields
 
 
@@ -90,14 +93,14 @@ _HUGE_INTEGER = re.compile(rb"[0-9]{%d}" % _HUGE_DIGITS)
 _DIGIT = re.compile(rb"[0-9]")
 
 
-def _check_tree(raw: bytes, fields: dict[str, Any]) -> None:
+def _check_tree(raw: bytes, fields: dict[str, Any], root_depth: int) -> None:
     """Refuse what would spoil an event at any depth.
 
     The walk visits every value; it is skipped where the bytes alone prove it needless: too few
     brackets to nest too deep, no text that could spell a forbidden key, no run of digits that long.
     """
     if (
-        raw.count(b"{") + raw.count(b"[") <= MAX_DEPTH
+        root_depth - 1 + raw.count(b"{") + raw.count(b"[") <= MAX_DEPTH
         and not _ASCII_ESCAPE.search(raw)
         and b"__proto__" not in raw
         and not (b'"constructor"' in raw and b'"prototype"' in raw)
@@ -105,7 +108,7 @@ def _check_tree(raw: bytes, fields: dict[str, Any]) -> None:
         and not (_DIGIT.search(raw[_HUGE_DIGITS - 1 :: _HUGE_DIGITS]) and _HUGE_INTEGER.search(raw))
     ):
         return
-    for trail, value, depth in _walk(fields):
+    for trail, value, depth in _walk(fields, root_depth):
         match value:
             case dict() | list() if depth > MAX_DEPTH:
                 raise _too_deep()
@@ -126,9 +129,9 @@ Linked and not joined: a text for each value would take their product where a lo
 """
 
 
-def _walk(fields: dict[str, Any]) -> Iterator[tuple[_Trail, Any, int]]:
-    """Yield (trail, value, depth) of every value, containers above their contents, the root at 1."""
-    stack: list[tuple[_Trail, Any, int]] = [(None, fields, 1)]
+def _walk(fields: dict[str, Any], root_depth: int) -> Iterator[tuple[_Trail, Any, int]]:
+    """Yield (trail, value, depth) of every value, containers above their contents."""
+    stack: list[tuple[_Trail, Any, int]] = [(None, fields, root_depth)]
     while stack:
         trail, value, depth = stack.pop()
         yield trail, value, depth

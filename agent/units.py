@@ -17,7 +17,7 @@ from decimal import Decimal
 from hashlib import sha256
 from os import fsencode
 from typing import Self
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 MASK = "********"
 
@@ -205,15 +205,20 @@ class ProxyUrl(str):
         return repr(without_credentials(self))
 
 
+def proxy_secrets(url: str) -> list[str]:
+    """Return what of a proxy's address must not be shown: its password, and what is sent of it."""
+    parts = urlsplit(url)
+    if not parts.password:
+        return []
+    password = unquote(parts.password)
+    return [parts.password, password, f"{unquote(parts.username or '')}:{password}"]
+
+
 # --- what a text may be, beyond its type: each returns it in one form, or says what to write ---
 
 
 def loopback(host: str) -> str:
-    try:
-        stays_here = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        stays_here = host == "localhost"
-    if not stays_here:
+    if not _stays_here(host):
         raise ValueError(
             "not a loopback address. Whoever reaches the agent may post, so it listens on this"
             ' machine alone: use "127.0.0.1", "::1" or "localhost"'
@@ -365,6 +370,31 @@ def sha256_digests(digests: tuple[str, ...]) -> tuple[str, ...]:
                 " `printf %s KEY | sha256sum`"
             )
     return tuple(digest.lower() for digest in digests)
+
+
+def why_readable(url: str, proxy: str | None) -> str | None:
+    """Return why others could read what is sent to *url*, perhaps by a *proxy*; None if they cannot.
+
+    Plain HTTP is fine as long as it stays on this machine.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "https":
+        return None
+    if not _stays_here(parts.hostname or ""):
+        return "is plain http: key and events would cross the network readable; use https"
+    if proxy and not _stays_here(urlsplit(proxy).hostname or ""):
+        return (
+            "is plain http, and the proxy is another machine: key and events would cross the network"
+            " readable; use https, or no proxy"
+        )
+    return None
+
+
+def _stays_here(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def without_credentials(url: str) -> str:

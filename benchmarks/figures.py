@@ -1,4 +1,4 @@
-"""The figures, B1 to B11: what is run against what. Each returns the rows of its own."""
+"""The figures, B1 to B12: what is run against what. Each returns the rows of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from benchmarks import filling, load, machine, references
 from benchmarks.bench import Bench, say
 from benchmarks.load import Load
-from benchmarks.processes import Agent, FigureError
+from benchmarks.processes import Agent, FigureError, serving
 from benchmarks.rows import Row, Target
 from benchmarks.runs import (
     Above,
@@ -20,6 +20,7 @@ from benchmarks.runs import (
     ingest,
     written_per_byte,
 )
+from benchmarks.stalled import STALLED
 from benchmarks.upstream import upstream
 
 FIRST_B7 = 109.0
@@ -335,6 +336,41 @@ def b11(bench: Bench) -> list[Row]:
     ]
 
 
+def b12(bench: Bench) -> list[Row]:
+    """The slowest hundredth of the answers at 100 requests/s while clients stall, against without."""
+    # Twice as long, for all that stall together are cut off together, some ten seconds later.
+    seconds = 2 * bench.scale.latency_s
+
+    def beside() -> Load:
+        with bench.agent() as running, serving("benchmarks.stalled", running.port):
+            return load.at_rate(running.port, RATE, seconds).checked()
+
+    def alone() -> Load:
+        with bench.agent() as running:
+            return load.at_rate(running.port, RATE, seconds).checked()
+
+    ours, theirs = bench.side_by_side("B12", beside, alone)
+    subject = f"p99 of the answer at 100/s beside {STALLED} stalled connections"
+    p99_ms = [run.p99_ms for run in ours]
+    return [
+        Row(
+            figure="B12",
+            subject=subject,
+            unit="ms",
+            agent=p99_ms,
+            target=Target(most=200.0),
+            note=f"p50 {_list([run.p50_ms for run in ours])} ms",
+        ),
+        Row(
+            figure="B12",
+            subject=f"{subject} / without any",
+            unit="ms",
+            agent=p99_ms,
+            reference=[run.p99_ms for run in theirs],
+        ),
+    ]
+
+
 FIGURES: Mapping[str, Callable[[Bench], list[Row]]] = {
     "B1": b1,
     "B2": b2,
@@ -347,6 +383,7 @@ FIGURES: Mapping[str, Callable[[Bench], list[Row]]] = {
     "B9": b9,
     "B10": b10,
     "B11": b11,
+    "B12": b12,
 }
 
 

@@ -10,7 +10,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--deep",
         action="store_true",
-        help="run the proofs of tests/faults and tests/simulation at full length (hours) instead of briefly",
+        help="run the proofs of tests/faults, tests/simulation and tests/security at full length (hours)",
     )
 
 

@@ -214,6 +214,9 @@ def test_items_may_nest_as_deep_as_single_events() -> None:
     text = '{"batch": [{"type":"page","userId":"u","messageId":"m","properties":%s}]}'
     assert len(events_of((text % nested(99)).encode())) == 1
     assert batch_refusal((text % nested(100)).encode()).startswith("batch[0]: nested deeper than")
+    text = '{"batch": [{"type":"page","userId":"u","messageId":"m"}], "context": %s}'
+    assert len(events_of((text % nested(99)).encode())) == 1
+    assert batch_refusal((text % nested(100)).encode()).startswith("context: nested deeper than")
 
 
 def test_a_shared_context_cannot_swell_a_batch_without_end() -> None:

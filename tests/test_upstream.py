@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import shutil
 import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from certificates import Certificates, why_no_certificates
 
 from agent.clock import SystemClock
 from agent.console.sandbox import Fault, Sandbox
@@ -533,62 +531,10 @@ async def test_a_proxy_that_is_down_is_not_ambiguous(sandbox: Sandbox) -> None:
 # --- TLS ---------------------------------------------------------------------------------------------
 
 
-class Certificates:
-    """An authority of our own, and what it signed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        usage = "keyUsage=critical,keyCertSign,cRLSign"
-        self.openssl(
-            "req", "-x509", *self.new_key("ca"), "-days", "2", "-out", "ca.pem", "-addext", usage
-        )
-        self.openssl(
-            "req",
-            "-x509",
-            *self.new_key("other"),
-            "-days",
-            "2",
-            "-out",
-            "other.pem",
-            "-addext",
-            usage,
-        )
-        self.sign("server", "subjectAltName=IP:127.0.0.1")
-        self.sign("stranger", "subjectAltName=DNS:other.example")
-        self.sign("client", "extendedKeyUsage=clientAuth")
-
-    def openssl(self, *arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=self.folder, check=True, capture_output=True)
-
-    def new_key(self, name: str) -> list[str]:
-        curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        return [*curve, "-keyout", f"{name}.key", "-subj", f"/CN={name}"]
-
-    def sign(self, name: str, extension: str) -> None:
-        extensions = self.folder / f"{name}.ext"
-        extensions.write_text(f"{extension}\nauthorityKeyIdentifier=keyid\n")
-        self.openssl("req", "-new", *self.new_key(name), "-out", f"{name}.csr")
-        self.openssl(
-            *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key"),
-            *("-CAcreateserial", "-days", "2", "-extfile", extensions.name, "-out", f"{name}.pem"),
-        )
-
-    def __getitem__(self, name: str) -> Path:
-        return self.folder / name
-
-    def server(self, name: str = "server", *, asks_client: bool = False) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self[f"{name}.pem"], self[f"{name}.key"])
-        if asks_client:
-            context.verify_mode = ssl.CERT_REQUIRED
-            context.load_verify_locations(self["ca.pem"])
-        return context
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    if shutil.which("openssl") is None:
-        pytest.skip("the openssl command, which makes the certificates, is not installed")
+    if why := why_no_certificates():
+        pytest.skip(why)
     return Certificates(tmp_path_factory.mktemp("tls"))
 
 

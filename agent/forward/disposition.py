@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import assert_never
@@ -137,14 +137,17 @@ class GiveUp:
     unproven_after_s: float
 
 
-def classify(response: Response, *, now_ms: int) -> Outcome:
-    """Return what an answer means; *now_ms* is for a Retry-After that is a date."""
+def classify(response: Response, *, now_ms: int, clean: Callable[[str], str] = str) -> Outcome:
+    """Return what an answer means; *now_ms* is for a Retry-After that is a date.
+
+    What it says is kept and shown: *clean* masks what must not be, before anything is cut.
+    """
     status = response.status
-    answer = _readable(response.body)
+    answer = _readable(response.body, clean)
     if 200 <= status < 300:
         return _classify_success(response, answer)
     if 300 <= status < 400:
-        location = one_line(response.headers.get("Location", "nowhere"))[:200]
+        location = clean(one_line(response.headers.get("Location", "nowhere")))[:200]
         return Misconfigured(
             f"{status}: redirected to {location}; a captive portal, or upstream.url is not the API"
         )
@@ -331,7 +334,7 @@ def _why_held(status: int, answer: str) -> str:
     return f"{status}: {answer or 'no reason given'}; {remedy}"
 
 
-def _readable(body: bytes) -> str:
+def _readable(body: bytes, clean: Callable[[str], str]) -> str:
     """Return an answer for people: the message of the upstream's JSON, else the text, cut short."""
     text = body.decode("utf-8", "replace").strip()
     if not text:
@@ -342,7 +345,7 @@ def _readable(body: bytes) -> str:
         tree = None
     if isinstance(tree, dict) and isinstance(tree.get("message"), str):
         text = tree["message"]
-    return one_line(text)[:_ANSWER_CHARS]
+    return clean(one_line(text))[:_ANSWER_CHARS]
 
 
 def one_line(text: str) -> str:

@@ -7,14 +7,12 @@ and nowhere else; redirects are not followed, for a 307 would carry body and key
 from __future__ import annotations
 
 import io
-import ipaddress
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
-from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -29,7 +27,8 @@ from agent.forward.disposition import (
     classify,
     one_line,
 )
-from agent.units import MASK
+from agent.observe.logs import Redactor
+from agent.units import proxy_secrets, why_readable
 
 _KEEPALIVE_S = 60.0
 """Below the upstream's own 72 s: whoever closes first should be us, between requests."""
@@ -42,9 +41,6 @@ _LARGE_BYTES = 1024 * 1024
 
 _WHY_CHARS = 500
 """How much of a reason is kept and shown."""
-
-_MASK = MASK.encode()
-
 
 Endpoint = Kind | Literal["batch"]
 """What follows /api/public/apps/."""
@@ -77,8 +73,8 @@ async def open_upstream(
     target: Target, clock: Clock, *, connections: int
 ) -> AsyncIterator[Upstream]:
     """Yield the upstream of *target*, with at most *connections* kept alive while the block runs."""
-    if refusal := _insecure(target.url):
-        yield Refusing(refusal)
+    if why := why_readable(target.url, target.proxy):
+        yield Refusing(f"upstream.url {target.url} {why}")
         return
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(
@@ -104,7 +100,10 @@ class HttpUpstream:
         self._tls: ssl.SSLContext | None = None
         self._root = target.url.rstrip("/")
         self._proxy = target.proxy
-        self._key = target.bare_key.encode()
+        # Answers and errors are kept and shown: what they quote of these must not go there.
+        self._redactor = Redactor()
+        for secret in (target.authorization, target.bare_key, *proxy_secrets(target.proxy or "")):
+            self._redactor.add(secret)
         # Of each request, not of the session: those would go to a proxy with CONNECT, in the clear.
         self._headers = {
             "Authorization": target.authorization,
@@ -130,17 +129,20 @@ class HttpUpstream:
                 allow_redirects=False,
                 proxy=self._proxy,
             ) as response:
-                # Answers are kept and shown: one that quotes the key must not take it there.
-                answer = (await _read(response)).replace(self._key, _MASK)
                 outcome = classify(
-                    Response(status=response.status, headers=response.headers, body=answer),
+                    Response(
+                        status=response.status,
+                        headers=response.headers,
+                        body=await _read(response),
+                    ),
                     now_ms=self._clock.wall_ms(),
+                    clean=self._redactor.clean,
                 )
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
             outcome = _outcome_of(exc)
         if isinstance(outcome, Unavailable | Misconfigured):
             # It may quote a header: another place where a stranger's words, or the key, come in.
-            why = one_line(outcome.why).replace(self._key.decode(), MASK)
+            why = self._redactor.clean(one_line(outcome.why))
             return replace(outcome, why=why[:_WHY_CHARS])
         return outcome
 
@@ -211,24 +213,6 @@ def _why_no_tls(exc: OSError) -> str:
 
 def _reason(exc: BaseException) -> str:
     return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-
-
-def _insecure(url: str) -> str | None:
-    """Return why *url* must not be sent a key; plain HTTP is fine on this machine alone."""
-    parts = urlsplit(url)
-    if parts.scheme == "https" or _is_loopback(parts.hostname or ""):
-        return None
-    return (
-        f"upstream.url {url} is plain http: key and events would cross the network readable;"
-        " use https"
-    )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _tls(target: Target) -> ssl.SSLContext:

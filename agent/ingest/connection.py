@@ -12,7 +12,8 @@ of its own: the server looks at each connection every second. A client that stal
 | waits, its side closed    | `linger_s` |                      |
 
 counted from the last answer, for a body from its head, for the last from that closing. Who waits for
-a GET and goes away is forgotten; a POST is carried out all the same.
+a GET and goes away is forgotten; a POST is carried out all the same. Who is one
+too many is told so at once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from agent.exchange import STORED, Answer, Request, refuse
 from agent.ingest.guard import Guard
 from agent.ingest.reply import Handler, Later
 from agent.ingest.sockets import user_at
-from agent.ingest.wire import BODY, HEAD, PLAIN, STORED_PLAIN, Reader, Reading
+from agent.ingest.wire import BODY, CLOSING, HEAD, PLAIN, STORED_PLAIN, Reader, Reading
+
+MOST_CONNECTIONS = 2000
+"""Far beyond what the apps of one machine open; each may take 100 KB before it has said who it is."""
 
 log = structlog.get_logger()
 
@@ -61,6 +65,9 @@ class Shared:
     deadlines: Deadlines
     tasks: asyncio.TaskGroup
     loop: asyncio.AbstractEventLoop
+    most_connections: int = MOST_CONNECTIONS
+    refused: int = 0
+    """Connections that were too many since there was room."""
     reading: Reading = field(default_factory=Reading)
     connections: set[Connection] = field(default_factory=set)
     handling: set[asyncio.Task[Answer]] = field(default_factory=set)
@@ -93,12 +100,20 @@ class Connection(asyncio.Protocol):
     # --- what the transport tells ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        self._shared.connections.add(self)
+        shared, self._transport = self._shared, cast("asyncio.Transport", transport)
+        shared.connections.add(self)
         if self._local:
             self._reader.peer = user_at(transport.get_extra_info("socket"))
-        if self._shared.stopping:  # accepted a moment before
+        if shared.stopping:  # accepted a moment before
             self._transport.abort()
+        elif len(shared.connections) > shared.most_connections:
+            if not shared.refused:
+                log.warning("connections.exhausted", limit=shared.most_connections)
+            shared.refused += 1
+            self._transport.write(CLOSING.encode(_crowded(shared.most_connections)))
+            # Without waiting for what it sends, which would take up what there is none left of.
+            self._reader.end()
+            self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         reader = self._reader
@@ -274,6 +289,16 @@ class Connection(asyncio.Protocol):
                 self._advance()
             else:
                 self._transport.close()
+
+
+def _crowded(limit: int) -> Answer:
+    return refuse(
+        503,
+        "AGENT_OVERLOADED",
+        f"connections: over the limit of {limit}; keep fewer open, and send again shortly",
+        retry_after_s=1,
+        close=True,
+    )
 
 
 def _timeout(code: str, message: str) -> Answer:

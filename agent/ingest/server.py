@@ -6,18 +6,26 @@ What a connection does is `agent.ingest.connection`'s, what its bytes mean `agen
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 
-from agent.ingest.connection import Connection, Deadlines, Shared
+import structlog
+
+from agent.ingest.connection import MOST_CONNECTIONS, Connection, Deadlines, Shared
 from agent.ingest.guard import Guard
 from agent.ingest.reply import Handler
 from agent.ingest.sockets import bind_tcp, bind_unix, shown
 
 _BACKLOG = 1024
 """Connections the kernel holds ready: apps that all start at boot must not be refused."""
+
+_OTHER_FILES = 64
+"""At least so many descriptors are kept for the outbox and the upstream: they must not go short."""
+
+log = structlog.get_logger()
 
 
 @asynccontextmanager
@@ -51,6 +59,7 @@ async def serving(
                 deadlines=deadlines or Deadlines(),
                 tasks=tasks,
                 loop=loop,
+                most_connections=_most_connections(),
             )
             looking = tasks.create_task(_look_after(shared))
             listeners = [
@@ -70,6 +79,14 @@ async def serving(
                 looking.cancel()
 
 
+def _most_connections() -> int:
+    """Return how many there may be, all listeners together: as the process may open files."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    return max(1, min(MOST_CONNECTIONS, files - max(_OTHER_FILES, files // 4)))
+
+
 async def _look_after(shared: Shared) -> None:
     """Cut off clients that stall: one timer for all of them."""
     while True:
@@ -77,6 +94,9 @@ async def _look_after(shared: Shared) -> None:
         now_s = shared.loop.time()
         for connection in tuple(shared.connections):
             connection.look(now_s)
+        if shared.refused and len(shared.connections) < shared.most_connections:
+            log.info("connections.available", refused=shared.refused)
+            shared.refused = 0
 
 
 async def _finish(shared: Shared) -> None:

@@ -102,8 +102,8 @@ def _route_libraries(chain: list[Processor], sink: TextIO, level: int) -> None:
 class Redactor:
     """Masks secrets in whatever is about to be shown; a structlog processor, and usable alone.
 
-    A secret is found as it is, URL-quoted in whole or part, with quotes and backslashes escaped
-    (in a repr or JSON), and in Base64, alone or as the user name of Basic authentication.
+    A secret is found as it is, URL-quoted in whole or part, with signs escaped (in a repr or JSON), and
+    in Base64, alone or as the user name of Basic authentication.
     Values under the name of a secret (`password`, `Authorization`, …) are masked whatever they are.
     """
 
@@ -179,13 +179,14 @@ def _bare(secret: str) -> Iterator[str]:
 
 
 def _spelling(char: str) -> str:
-    """Return the pattern of *char* as it is, URL-quoted, or behind a backslash."""
+    """Return the pattern of *char* as it is, URL-quoted, behind a backslash, or as JSON may write it."""
     if char.isascii() and (char.isalnum() or char in "-._~"):  # RFC 3986, 2.3: never quoted
         return re.escape(char)
     quoted = "".join(f"%{byte:02X}" for byte in char.encode(errors="surrogatepass"))
     plain = r"\\{1,2}" if char == "\\" else r"\\?" + re.escape(char)
     plus = r"|\+" if char == " " else ""
-    return f"(?:{plain}|(?i:{quoted}){plus})"
+    escaped = rf"\\u{ord(char):04x}"  # as JSON for web pages is written: \u003d
+    return f"(?:{plain}|(?i:{quoted}|{escaped}){plus})"
 
 
 @lru_cache(maxsize=512)  # our own key names are few; a remote's headers are not
