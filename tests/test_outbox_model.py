@@ -115,6 +115,7 @@ class Row:
             answer=self.answer,
             body=None if delivered else self.event.body,
             app=self.event.app,
+            lane=None if delivered else self.event.lane,
         )
 
 
