@@ -9,6 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+TRACK = "/api/public/apps/track"
+SEGMENT = "/v1/track"
+"""Where SDKs post JSON under other names: nothing but the origin tells them from a page."""
+
 HELP = """
 const own = location.origin;
 const post = options => fetch(url, {method: "POST", body, ...options}).then(it => it.status, String);
@@ -56,13 +60,16 @@ function worked(worker, replies) {
 class Trick:
     """*control* is what an allowed page does instead, where the trick takes its name from any page.
 
-    *hides* says that it does: the browser names no origin then ("null"). *path* is the page's.
+    *hides* says that it does: the browser names no origin then ("null"). *path* is the page's, *to* the
+    agent's, and *stored* how an event is answered there.
     """
 
     script: str
     control: str = ""
     hides: bool = False
     path: str = "/"
+    to: str = TRACK
+    stored: int = 204
 
 
 TRICKS = {
@@ -139,6 +146,16 @@ TRICKS = {
     ),
     "redirect of a form by an allowed website": Trick(
         script="submit({action: over(shop, url)})", control="submit()", hides=True
+    ),
+    "form of text to Segment's path": Trick(script="submit()", to=SEGMENT, stored=200),
+    "fetch without CORS to Segment's path, of what SDKs call a form": Trick(
+        script='return post({mode: "no-cors", headers:'
+        ' {"Content-Type": "application/x-www-form-urlencoded"}})',
+        to=SEGMENT,
+        stored=200,
+    ),
+    "beacon to Segment's path": Trick(
+        script="navigator.sendBeacon(url, body)", to=SEGMENT, stored=200
     ),
 }
 
