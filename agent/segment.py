@@ -69,7 +69,10 @@ def _take_traits(fields: dict[str, Any]) -> None:
 
 
 def _copy_category(fields: dict[str, Any]) -> None:
-    """Put the category where the upstream lets it be used: among the properties, as analytics.js does."""
+    """Put the category where the upstream lets it be used: among the properties, as analytics.js does.
+
+    Of a text; what is nested would come to be too deep there, and changed in both places at once.
+    """
     properties = fields.get("properties", {})
-    if "category" in fields and isinstance(properties, dict):
+    if isinstance(fields.get("category"), str) and isinstance(properties, dict):
         fields["properties"] = {"category": fields["category"], **properties}

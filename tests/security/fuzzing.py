@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from agent.contract import read_batch, read_event
+from agent.contract import PLAIN, Terms, read_batch, read_event
 from agent.event import KINDS, Event, Kind
+from agent.ingest.dialect import SEGMENT
+from agent.segment import translate
 
 Fields = dict[str, Any]
 
@@ -58,6 +61,13 @@ def _tree(rng: random.Random, depth: int = 0) -> Any:
             return [_tree(rng, depth + 1) for _ in range(rng.randrange(3))]
         case _:
             return _object(rng, depth)
+
+
+def _nested(levels: int) -> list[Any]:
+    tree: list[Any] = []
+    for _ in range(levels - 1):
+        tree = [tree]
+    return tree
 
 
 def _object(rng: random.Random, depth: int = 0) -> Fields:
@@ -120,39 +130,90 @@ def _batch(rng: random.Random, number: int) -> Fields:
     return body
 
 
+def _segment(kind: Kind, rng: random.Random, number: int) -> Fields:
+    """Return what an SDK makes of it, or might."""
+    fields = {**_SOUND[kind](rng, number), "type": kind}
+    more: Fields = {
+        "sentAt": rng.choice(_TIMES),
+        "originalTimestamp": rng.choice(_TIMES),
+        "writeKey": "wk",
+        "category": rng.choice((_tree(rng), _nested(99))),
+        "integrations": _object(rng),
+        "_metadata": {"retryCount": 1, "bundled": []},
+        "messageId": rng.choice(("", None)),
+        "userId": rng.choice(("", None)),
+        "context": {"traits": _object(rng), "library": {"name": "analytics.js"}},
+        "previousId": None,
+    }
+    for name in rng.sample(sorted(more), rng.randrange(5)):
+        fields[name] = more[name]
+    return fields
+
+
+def _segment_batch(rng: random.Random, number: int) -> Fields:
+    body = _batch(rng, number)
+    body["batch"] = [_segment(rng.choice(KINDS), rng, number) for _ in body["batch"]]
+    if rng.random() < 0.5:
+        body["integrations"] = _object(rng)
+    return body
+
+
 # --- where they go, and who reads them ---
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """*sound* makes a body that is accepted; *read* returns the events of any, or refuses it."""
+    """*sound* makes a body that is accepted; *read* returns the events of any, or refuses it.
+
+    *translated* says that they are not in the upstream's words, *stored* what they are answered.
+    """
 
     path: str
     sound: Callable[[random.Random, int], Fields]
     read: Callable[[bytes, int], list[Event]]
+    translated: bool = False
+    stored: int = 204
+    content_type: str = "application/json"
+
+    @property
+    def is_batch(self) -> bool:
+        return self.path.endswith("batch")
 
 
-def _single(kind: Kind) -> Endpoint:
-    def read(raw: bytes, received_ms: int) -> list[Event]:
-        return [read_event(kind, raw, received_ms=received_ms)]
+MADE = "made for a message that had no id"
 
-    return Endpoint(f"/api/public/apps/{kind}", _SOUND[kind], read)
+_TRANSLATED = replace(SEGMENT.terms(PLAIN), translate=partial(translate, new_id=lambda: MADE))
 
 
-def _read_batch(raw: bytes, received_ms: int) -> list[Event]:
-    return list(read_batch(raw, received_ms=received_ms))
+def _reader(kind: Kind, terms: Terms) -> Callable[[bytes, int], list[Event]]:
+    return lambda raw, received_ms: [read_event(kind, raw, received_ms=received_ms, terms=terms)]
 
 
-ENDPOINTS: Mapping[str, Endpoint] = {
-    **{kind: _single(kind) for kind in KINDS},
-    "batch": Endpoint("/api/public/apps/batch", _batch, _read_batch),
-}
+def _batch_reader(terms: Terms) -> Callable[[bytes, int], list[Event]]:
+    return lambda raw, received_ms: list(read_batch(raw, received_ms=received_ms, terms=terms))
+
+
+def _endpoints() -> Iterator[Endpoint]:
+    apps = "/api/public/apps"
+    for kind in KINDS:
+        yield Endpoint(path=f"{apps}/{kind}", sound=_SOUND[kind], read=_reader(kind, PLAIN))
+    yield Endpoint(path=f"{apps}/batch", sound=_batch, read=_batch_reader(PLAIN))
+    segment = partial(Endpoint, translated=True, stored=200, content_type="text/plain")
+    for kind in KINDS:
+        yield segment(
+            path=f"/v1/{kind}", sound=partial(_segment, kind), read=_reader(kind, _TRANSLATED)
+        )
+    yield segment(path="/v1/batch", sound=_segment_batch, read=_batch_reader(_TRANSLATED))
+
+
+ENDPOINTS: Mapping[str, Endpoint] = {endpoint.path: endpoint for endpoint in _endpoints()}
 
 # --- what is wrong with them: in their members ---
 
 _NAMES = (
     *("messageId", "userId", "anonymousId", "groupId", "event", "name", "type", "timestamp"),
     *("context", "properties", "traits", "files", "assigned", "batch", "data", "mimeType"),
+    *("sentAt", "originalTimestamp", "category", "integrations", "writeKey", "_metadata"),
     *("__proto__", "constructor", "prototype", "toString", "", "\0", "\ufffe", "user\u0130d"),
 )
 
@@ -294,12 +355,12 @@ def body(rng: random.Random, endpoint: Endpoint, number: int) -> bytes:
 
 
 def bodies(seed: int, count: int) -> Iterator[tuple[str, bytes]]:
-    """Yield *count* (name of its endpoint, body)."""
+    """Yield *count* (path, body)."""
     rng = random.Random(seed)
-    names = tuple(ENDPOINTS)
+    paths = tuple(ENDPOINTS)
     for number in range(count):
-        name = rng.choice(names)
-        yield name, body(rng, ENDPOINTS[name], number)
+        path = rng.choice(paths)
+        yield path, body(rng, ENDPOINTS[path], number)
 
 
 def shrunk(raw: bytes, fails: Callable[[bytes], bool]) -> bytes:

@@ -256,6 +256,7 @@ async def provoke(canary: Canary, misfortunes: Sequence[str]) -> None:
     # By the app's key, and by one that is refused before anything is read of it.
     for sent in (
         post(event("by-key"), _AUTHORIZATION),
+        post(event("in-the-body", writeKey=APP_KEY), start="POST /v1/track HTTP/1.1"),
         post(b"{}", _AUTHORIZATION),
         post(event("x"), _AUTHORIZATION, host="evil.example"),
         post(event("x"), f"Authorization: Bearer {APP_KEY}", "Content-Length: 5"),

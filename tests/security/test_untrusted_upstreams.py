@@ -102,6 +102,18 @@ def _is_held_for(reason: str, status: dict[str, Any]) -> bool:
     return status["state"] == "held" and reason in status["reason"]
 
 
+async def test_whom_the_machine_trusts_is_trusted(
+    tmp_path: Path, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon spares itself some loading of these; what it needs it must have."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates["ca.pem"]))
+    async with (
+        listening(STORED, certificates.server()) as peer,
+        with_an_event(tmp_path, f"https://127.0.0.1:{peer.port}") as agent,
+    ):
+        await agent.until(lambda status: status["delivered"] == 1)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("expired", "expired"), ("stranger", "127.0.0.1"), ("other", "self-signed")],
