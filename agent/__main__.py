@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from agent.config import Loaded
+from agent.config.loaded import Loaded
 from agent.console.commands import cli
 from agent.console.invocation import PROGRAM, settings_in_effect
 from agent.settings import Settings

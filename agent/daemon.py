@@ -30,7 +30,8 @@ import structlog
 
 from agent import __version__
 from agent.clock import Clock, SystemClock
-from agent.config import Loaded, files_beside, refresh
+from agent.config.loaded import Loaded
+from agent.config.loading import files_beside, refresh
 from agent.console.apps import quotas
 from agent.console.control import PREFIX, Control
 from agent.contract import Terms

@@ -118,6 +118,11 @@ def keys_with(names: Iterable[str], apps: Iterable[str] = ()) -> dict[str, Key]:
     return KEYS | {key.dotted: key for key in named}
 
 
+def section_of(name: str) -> str:
+    """Return the section of one upstream; that without a name is the default one."""
+    return f"{UPSTREAMS}.{name}" if name else "upstream"
+
+
 # --- the example file ---
 
 

@@ -16,7 +16,8 @@ from typing import Protocol
 
 import structlog
 
-from agent.config import Loaded, files_beside, load, refresh
+from agent.config.loaded import Loaded
+from agent.config.loading import files_beside, load, refresh
 from agent.errors import ConfigError
 from agent.reload import Refusal, Takeover, decide
 from agent.settings import Settings

@@ -33,7 +33,7 @@ from faults import relics
 from processes import DEADLINE_S, AgentProcess, running_agent
 
 from agent.clock import SystemClock
-from agent.config import load
+from agent.config.loading import load
 from agent.console.sandbox import DEFAULT_WRITE_KEY, Sandbox
 from agent.contract import read_event
 from agent.errors import (

@@ -23,7 +23,8 @@ from processes import free_port
 
 import agent.__main__  # noqa: F401  # adds `run` to the commands
 from agent.clock import SystemClock
-from agent.config import effective, load
+from agent.config.loaded import effective
+from agent.config.loading import load
 from agent.console import dead_letters
 from agent.console.commands import cli
 from agent.console.diagnosis import duration, exit_code, findings

@@ -12,14 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import (
-    Loaded,
-    effective,
-    files_beside,
-    load,
-    refresh,
-    search_path,
-)
+from agent.config.loaded import Loaded, effective
+from agent.config.loading import files_beside, load, refresh
+from agent.config.places import search_path
 from agent.errors import ConfigError
 from agent.keys import example
 from agent.settings import Forward, Ingest, Outbox, Settings, Upstream
@@ -698,7 +693,7 @@ def test_beside_the_system_file_the_outbox_is_the_services(
 ) -> None:
     file = tmp_path / "config.toml"
     file.write_text("", encoding="utf-8")
-    monkeypatch.setattr("agent.config.SYSTEM_FILE", file)
+    monkeypatch.setattr("agent.config.places.SYSTEM_FILE", file)
 
     assert str(load(file, {}).settings.outbox.path) == "/var/lib/tranthor-agent/outbox.db"
 

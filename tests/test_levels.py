@@ -15,6 +15,8 @@ import agent
 ROOT = Path(agent.__file__).parent
 
 DECISIONS = (
+    "config.decoding",
+    "config.loaded",
     "console.sandbox_contract",
     "contract",
     "document",

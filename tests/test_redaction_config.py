@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import Loaded, files_beside, load, refresh
+from agent.config.loaded import Loaded
+from agent.config.loading import files_beside, load, refresh
 from agent.errors import ConfigError
 from agent.redaction import machine_id
 from agent.reload import Refusal, decide
@@ -156,7 +157,7 @@ def test_a_machine_without_an_id_is_told_and_stops_nothing(
     file = tmp_path / "machine-id"
     if content is not None:
         file.write_text(content)
-    monkeypatch.setattr("agent.config.MACHINE_ID_FILE", file)
+    monkeypatch.setattr("agent.config.loading.MACHINE_ID_FILE", file)
     loaded = from_text(tmp_path, "[context]\nmachine_id = true")
     assert loaded.machine_id == ""
     (problem,) = loaded.problems

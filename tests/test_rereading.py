@@ -27,7 +27,8 @@ import aiohttp
 import pytest
 from processes import DEADLINE_S, AgentProcess, running_agent
 
-from agent.config import Loaded, files_beside, load, refresh
+from agent.config.loaded import Loaded
+from agent.config.loading import files_beside, load, refresh
 from agent.console.sandbox import DEFAULT_WRITE_KEY, Fault, Sandbox
 from agent.rereading import Rereading, stamps
 from agent.settings import Settings

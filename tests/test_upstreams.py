@@ -26,7 +26,8 @@ from faults import relics
 from processes import DEADLINE_S, AgentProcess, free_port, running_agent
 
 from agent.clock import SystemClock
-from agent.config import effective, load
+from agent.config.loaded import effective
+from agent.config.loading import load
 from agent.console.sandbox import Sandbox
 from agent.contract import Terms, read_event
 from agent.errors import ConfigError, OutboxFullError

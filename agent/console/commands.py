@@ -16,7 +16,7 @@ import click
 
 from agent import __version__
 from agent.clock import SystemClock
-from agent.config import Loaded
+from agent.config.loaded import Loaded
 from agent.console.app_commands import app_group
 from agent.console.config_commands import config_group
 from agent.console.dead_commands import dead_group

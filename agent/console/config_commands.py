@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 import msgspec
 
-from agent.config import effective, search_path
+from agent.config.loaded import effective
+from agent.config.places import search_path
 from agent.console.invocation import (
     EX_CONFIG,
     PROGRAM,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from agent.config import Loaded
+from agent.config.loaded import Loaded
 from agent.console.diagnosis import count
 from agent.console.invocation import Group, complain, program, settings_in_effect
 from agent.console.listing import (

@@ -17,7 +17,8 @@ from typing import Any
 import click
 import msgspec
 
-from agent.config import Loaded, load
+from agent.config.loaded import Loaded
+from agent.config.loading import load
 from agent.errors import AgentError, ConfigError
 
 PROGRAM = "tranthor-agent"

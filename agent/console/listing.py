@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from agent.clock import SystemClock
-from agent.config import Loaded
+from agent.config.loaded import Loaded
 from agent.console.invocation import echo_json, settings_in_effect
 from agent.console.receipts import view
 from agent.outbox.records import Receipt, Selection, State

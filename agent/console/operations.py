@@ -22,7 +22,7 @@ import msgspec
 
 from agent import __version__
 from agent.clock import SystemClock
-from agent.config import Loaded
+from agent.config.loaded import Loaded
 from agent.console import apps as console_apps
 from agent.console import dead_letters
 from agent.console.apps import AppStatus
