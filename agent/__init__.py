@@ -18,6 +18,7 @@ The levels; an import goes down, never up or sideways (`tests/test_levels.py` wa
 
     __main__                       the command line, whole
     daemon                         composition: db ⊃ writer ⊃ forwarder ⊃ server
+    translation                    the configuration in the words of each part
     ingest | forward | console     the two ends, and the person's view; they never meet
     outbox                         the durable queue
     rereading                      the configuration read anew while the agent runs

@@ -28,38 +28,30 @@ from typing import Any
 
 import structlog
 
-from agent import __version__
+from agent import __version__, translation
 from agent.clock import Clock, SystemClock
 from agent.config.loaded import Loaded
 from agent.config.loading import files_beside, refresh
 from agent.console.apps import quotas
 from agent.console.control import PREFIX, Control
-from agent.contract import Terms
 from agent.errors import ConfigError, OutboxError
-from agent.forward.backoff import Backoff
-from agent.forward.budget import Budget, Window
-from agent.forward.disposition import GiveUp
 from agent.forward.forwarder import Forwarder, forwarding
 from agent.forward.link import watching
-from agent.forward.plan import Plan
 from agent.forward.succession import Succession, succession
 from agent.forward.tally import open_tally
-from agent.forward.upstream import Target, tls_fault
-from agent.ingest.callers import Callers
-from agent.ingest.destinations import Destinations
+from agent.forward.upstream import tls_fault
 from agent.ingest.guard import Guard
 from agent.ingest.routes import Mount, Routes
 from agent.ingest.server import serving
 from agent.outbox.files import tally_of
 from agent.outbox.reader import open_own_reader
+from agent.outbox.records import Retention
 from agent.outbox.rescue import salvage_damaged
-from agent.outbox.upkeep import Retention, keep_up
+from agent.outbox.upkeep import keep_up
 from agent.outbox.writer import Policy, Writer, open_writer
-from agent.redaction import MACHINE_ID, added_by, refinement
 from agent.rereading import LOOK_S, Rereading, stamps
 from agent.settings import Settings
 from agent.systemd import Notifier, WatchdogGate, inherited_sockets, watchdog_interval_s
-from agent.units import time_window
 
 STATUS_INTERVAL_S = 10.0
 """How often the service manager's one-line status is brought up to date."""
@@ -103,14 +95,14 @@ async def run(
             upstream = upstreams[name] = await enter(succession(clock, look))
             if not unconfigured:
                 await upstream.take_over(
-                    _target(settings, name), connections=settings.forward.concurrency
+                    translation.target(settings, name), connections=settings.forward.concurrency
                 )
             forwarders[name] = Forwarder(
                 writer=writer,
                 # Of its own, so that one that reads past a backlog keeps no other waiting.
                 reader=await enter(open_own_reader(settings.outbox.path, on_damage=writer.suspect)),
                 upstream=None if unconfigured else upstream,
-                plan=_plan(settings, name),
+                plan=translation.plan(settings, name),
                 tally=stack.enter_context(open_tally(tally_of(settings.outbox.path, name))),
                 clock=clock,
                 rng=random.Random(),  # noqa: S311  # spreads load, guards nothing
@@ -123,7 +115,7 @@ async def run(
             writer=writer,
             links=forwarders,
             clock=clock,
-            urls=_urls(settings, forwarders),
+            urls=translation.urls(settings, forwarders),
             max_bytes=int(settings.outbox.max_size),
             quotas=quotas(settings),
         )
@@ -134,7 +126,7 @@ async def run(
             forwarders=forwarders,
             upstreams=upstreams,
             control=control,
-            guard=_guard(loaded),
+            guard=translation.guard(loaded),
             routes=_routes(loaded, writer, clock, control),
             app_keys=loaded.app_keys,
         )
@@ -183,7 +175,7 @@ class _Parts:
 
     def fault(self, settings: Settings) -> str | None:
         faults = (
-            tls_fault(_target(settings, name))
+            tls_fault(translation.target(settings, name))
             for name in ("", *settings.upstreams)
             if settings.upstream_of(name).write_key is not None
         )
@@ -193,13 +185,13 @@ class _Parts:
         self.settings = settings = loaded.settings
         self.log_as(settings)  # first: it masks the new key
         self.writer.adopt(_policy(settings))
-        self.guard.adopt(_guard(loaded))
-        self.routes.terms = _terms(loaded)
-        self.routes.callers = _callers(loaded)
-        self.routes.destinations = _destinations(loaded, self.forwarders, self.app_keys)
+        self.guard.adopt(translation.guard(loaded))
+        self.routes.terms = translation.terms(loaded)
+        self.routes.callers = translation.callers(loaded)
+        self.routes.destinations = translation.destinations(loaded, self.forwarders, self.app_keys)
         self.app_keys = loaded.app_keys
         self.control.adopt(
-            urls=_urls(settings, self.forwarders),
+            urls=translation.urls(settings, self.forwarders),
             max_bytes=int(settings.outbox.max_size),
             quotas=quotas(settings),
         )
@@ -214,7 +206,7 @@ class _Parts:
         self.control.config_problem = problem
 
     def retention(self) -> Retention:
-        return _retention(self.settings)
+        return translation.retention(self.settings)
 
 
 async def _redirect(
@@ -226,18 +218,16 @@ async def _redirect(
 ) -> None:
     """Make the *forwarder* of one upstream go by *settings*: what it held is tried at once."""
     if unconfigured:
-        forwarder.adopt(None, _plan(settings, name), unconfigured)
+        forwarder.adopt(None, translation.plan(settings, name), unconfigured)
     else:
         # Anew even where no key changed: what the files of TLS hold may have.
-        await upstream.take_over(_target(settings, name), connections=settings.forward.concurrency)
-        forwarder.adopt(upstream, _plan(settings, name))
+        await upstream.take_over(
+            translation.target(settings, name), connections=settings.forward.concurrency
+        )
+        forwarder.adopt(upstream, translation.plan(settings, name))
 
 
 # --- settings, as each part wants them ---
-
-
-def _urls(settings: Settings, names: Iterable[str]) -> dict[str, str]:
-    return {name: settings.upstream_of(name).url for name in names}
 
 
 def _policy(settings: Settings) -> Policy:
@@ -249,102 +239,19 @@ def _policy(settings: Settings) -> Policy:
     )
 
 
-def _retention(settings: Settings) -> Retention:
-    return Retention(
-        max_age_s=settings.outbox.max_age, delivered_s=settings.outbox.delivered_retention
-    )
-
-
-def _plan(settings: Settings, name: str) -> Plan:
-    forward = settings.forward
-    return Plan(
-        concurrency=forward.concurrency,
-        ordered=forward.order == "per_user",
-        backoff=Backoff(base_s=forward.backoff_base, cap_s=forward.backoff_max),
-        give_up=GiveUp(
-            attempts=forward.max_attempts,
-            after_s=forward.give_up_after,
-            unproven_after_s=forward.give_up_unproven_after,
-        ),
-        hold_probe_s=forward.hold_probe,
-        batch=forward.batch_events if settings.upstream_of(name).mode == "batch" else 1,
-        budget=Budget(
-            events_per_s=forward.max_events_per_s,
-            bytes_per_s=forward.max_bytes_per_s,
-            bytes_per_day=forward.max_bytes_per_day,
-            windows=tuple(Window(*time_window(window)) for window in forward.windows),
-        ),
-        urgent=forward.always,
-    )
-
-
-def _target(settings: Settings, name: str) -> Target:
-    upstream = settings.upstream_of(name)
-    if upstream.write_key is None:
-        raise AssertionError("an upstream without its key counts as not configured")
-    return Target(
-        url=upstream.url,
-        authorization=upstream.write_key.authorization,
-        bare_key=upstream.write_key.bare,
-        connect_timeout_s=upstream.connect_timeout,
-        timeout_s=upstream.timeout,
-        ca_file=upstream.ca_file,
-        client_cert=upstream.client_cert,
-        client_key=upstream.client_key,
-        proxy=upstream.proxy or None,
-    )
-
-
 def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> Routes:
     return Routes(
         writer,
         clock,
-        terms=_terms(loaded),
-        callers=_callers(loaded),
-        destinations=_destinations(loaded, ("", *loaded.settings.upstreams), {}),
+        terms=translation.terms(loaded),
+        callers=translation.callers(loaded),
+        destinations=translation.destinations(loaded, ("", *loaded.settings.upstreams), {}),
         mounts=(
             Mount(PREFIX, control.answer),
             Mount("/healthz", control.health),
             Mount("/readyz", control.readiness),
             Mount("/metrics", control.metrics),
         ),
-    )
-
-
-def _terms(loaded: Loaded) -> Terms:
-    settings = loaded.settings
-    redact = settings.redact
-    agent = added_by(settings.context.agent)
-    if loaded.machine_id:
-        agent[MACHINE_ID] = loaded.machine_id
-    return Terms(
-        max_body_bytes=settings.ingest.max_body,
-        refine=refinement(drop=redact.drop, hashed=redact.hash, key=redact.key, agent=agent),
-    )
-
-
-def _destinations(
-    loaded: Loaded, running: Iterable[str], app_keys: Mapping[str, str]
-) -> Destinations:
-    """Return where events go among the *running* upstreams; *app_keys* were claimed until now."""
-    names = tuple(name for name in running if name)
-    # One that the configuration has no more goes on to the next start, and its apps with it.
-    kept = {digest: name for digest, name in app_keys.items() if name in names}
-    left = {digest: name for digest, name in kept.items() if name not in loaded.app_keys.values()}
-    return Destinations(names, {**left, **loaded.app_keys}, loaded.unknown_app_keys)
-
-
-def _callers(loaded: Loaded) -> Callers:
-    return Callers(users=loaded.app_users, require_token=loaded.settings.ingest.require_token)
-
-
-def _guard(loaded: Loaded) -> Guard:
-    ingest = loaded.settings.ingest
-    return Guard(
-        allowed_hosts=frozenset(ingest.allowed_hosts),
-        allowed_origins=frozenset(ingest.allowed_origins),
-        max_body_bytes=ingest.max_body,
-        socket_users=loaded.socket_users,
     )
 
 

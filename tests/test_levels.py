@@ -32,6 +32,7 @@ DECISIONS = (
     "forward.concurrency",
     "forward.disposition",
     "forward.lanes",
+    "forward.plan",
     "forward.trials",
     "forward.waits",
     "ingest.callers",
@@ -49,6 +50,7 @@ DECISIONS = (
     "reload",
     "segment",
     "settings",
+    "translation",
     "units",
 )
 IMPURE = {

@@ -11,8 +11,8 @@ from outboxes import used_bytes
 
 from agent.event import Event
 from agent.outbox.reader import Reader, open_own_reader
-from agent.outbox.records import Ack, Appended, Receipt, Selection
-from agent.outbox.upkeep import Retention, tend
+from agent.outbox.records import Ack, Appended, Receipt, Retention, Selection
+from agent.outbox.upkeep import tend
 from agent.outbox.writer import Policy, Writer, open_writer
 
 DAY_S = 86_400.0

@@ -24,7 +24,8 @@ from agent.forward.disposition import (
     Rejected,
     Unavailable,
 )
-from agent.forward.upstream import Refusing, Target, open_upstream
+from agent.forward.plan import Target
+from agent.forward.upstream import Refusing, open_upstream
 
 KEY = "wk-5up3r-s3cr3t"
 BODY = '{"event":"Café","userId":"u1","messageId":"m1"}'.encode()

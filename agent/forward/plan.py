@@ -1,8 +1,9 @@
-"""How to forward, as the operator wants it, and how forwarding stands, as people are told. Values."""
+"""Where and how to forward, as the operator wants it, and how it stands, as people are told. Values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from agent.forward.backoff import Backoff
@@ -12,6 +13,21 @@ from agent.forward.disposition import GiveUp
 from agent.forward.lanes import ONE, Fit
 
 FlowState = Literal["flowing", "waiting", "backing_off", "held", "paused", "unconfigured"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where and how to send. *authorization* is the header's value; *bare_key* the key alone."""
+
+    url: str
+    authorization: str = field(repr=False)
+    bare_key: str = field(repr=False)
+    connect_timeout_s: float
+    timeout_s: float
+    ca_file: Path | None
+    client_cert: Path | None
+    client_key: Path | None
+    proxy: str | None = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

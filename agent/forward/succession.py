@@ -11,7 +11,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from agent.clock import Clock
 from agent.forward.disposition import Misconfigured, Outcome
-from agent.forward.upstream import Endpoint, Target, Upstream, open_upstream
+from agent.forward.plan import Target
+from agent.forward.upstream import Endpoint, Upstream, open_upstream
 
 
 class Succession:

@@ -10,8 +10,7 @@ import io
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import aiohttp
@@ -27,6 +26,7 @@ from agent.forward.disposition import (
     classify,
     one_line,
 )
+from agent.forward.plan import Target
 from agent.observe.logs import Redactor
 from agent.units import proxy_secrets, why_readable
 
@@ -51,21 +51,6 @@ class Upstream(Protocol):
 
     async def send(self, endpoint: Endpoint, body: bytes) -> Outcome:
         """Try once to deliver *body*. Never raises for what a network or a server does."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """Where and how to send. *authorization* is the header's value; *bare_key* the key alone."""
-
-    url: str
-    authorization: str = field(repr=False)
-    bare_key: str = field(repr=False)
-    connect_timeout_s: float
-    timeout_s: float
-    ca_file: Path | None
-    client_cert: Path | None
-    client_key: Path | None
-    proxy: str | None = field(repr=False)
 
 
 @asynccontextmanager

@@ -187,6 +187,14 @@ class Quotas:
         return self.named.get(app, self.other)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """How long things are kept. *max_age_s* None: pending events never expire."""
+
+    max_age_s: float | None
+    delivered_s: float
+
+
 def app_of(columns: Sequence[Any]) -> App:
     """Return an app by the columns of its row, in their order."""
     return App(**dict(zip(App.__slots__, columns, strict=True)))

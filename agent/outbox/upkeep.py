@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import structlog
 
 from agent.clock import Clock
 from agent.errors import OutboxError
+from agent.outbox.records import Retention
 from agent.outbox.writer import Writer
 
 INTERVAL_S = 30.0
@@ -28,14 +28,6 @@ _VACUUM_BYTES = 1024 * 1024
 """Bytes given back in one transaction."""
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retention:
-    """How long things are kept. *max_age_s* None: pending events never expire."""
-
-    max_age_s: float | None
-    delivered_s: float
 
 
 async def keep_up(writer: Writer, clock: Clock, retention: Callable[[], Retention]) -> None:
