@@ -93,7 +93,7 @@ async def test_ids_of_the_same_hash_are_told_apart(
     outbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ids, "id_hash", lambda _: 7)
-    monkeypatch.setattr("agent.outbox.reader.id_hash", lambda _: 7)
+    monkeypatch.setattr("agent.outbox.search.id_hash", lambda _: 7)
     async with (
         open_writer(outbox, POLICY, SystemClock()) as writer,
         open_own_reader(outbox) as reader,

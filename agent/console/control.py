@@ -41,9 +41,10 @@ from agent.console.receipts import (
 from agent.console.status import Flow, Standing, Status, collect
 from agent.errors import OutboxError
 from agent.exchange import Answer, Request, answer_json, refuse
-from agent.outbox.reader import Reader, receipt_of
+from agent.outbox.reader import Reader
 from agent.outbox.records import Quotas, Receipt, Selection, label, unlabel
 from agent.outbox.refusals import RETRY_UNAVAILABLE_S, refuse_for
+from agent.outbox.search import receipt_of
 from agent.outbox.writer import Writer
 
 PREFIX = "/api/agent/"

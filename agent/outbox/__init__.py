@@ -8,7 +8,7 @@
     store      the SQL verbs, in a transaction of the writer's; `ids` knows each messageId, `apps` what
                came from which app
     news       wakes the forwarder that an event is for
-    reader     short queries, of the daemon's and of others
+    reader     short queries, of the daemon's and of others; `search` words those of people
     lock       one writer per outbox; `files` what each file is called, and whose it is
     upkeep     what is due from time to time
     aside, rescue, restore, salvage

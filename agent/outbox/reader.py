@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ import aiosqlite
 import msgspec
 
 from agent.errors import OutboxDamagedError, OutboxError
-from agent.outbox import files, lock, schema
+from agent.outbox import files, lock, schema, search
 from agent.outbox.apps import APPS
 from agent.outbox.database import is_damage
-from agent.outbox.ids import id_hash
 from agent.outbox.records import (
     App,
     Glance,
@@ -35,14 +34,11 @@ from agent.outbox.records import (
     State,
     app_of,
     named,
-    unlabel,
 )
+from agent.outbox.search import receipt_from, receipt_of
 
 INLINE_BYTES = 4096
 """Bodies up to this size come with the head; larger ones are read when they are sent."""
-
-LISTED_BYTES = 65_536
-"""Larger bodies are left out of a listing, which may have a thousand rows; `receipt` has them."""
 
 LOOKED = 20_000
 """Events of other upstreams that one query passes over at most: some 20 ms."""
@@ -176,80 +172,6 @@ SELECT state, name, pending, dead, delivered, lost
  ORDER BY found_ms DESC
  LIMIT 1
 """
-
-_RECEIPT = """
-SELECT event.seq,
-       event.message_id,
-       event.upstream,
-       event.app,
-       event.state,
-       COALESCE(pending.kind, dead.kind),
-       event.accepted_ms,
-       event.settled_ms,
-       COALESCE(pending.attempts, dead.attempts, 0),
-       pending.failing_since_ms,
-       dead.reason,
-       dead.status,
-       dead.answer,
-       COALESCE(pending.body, dead.body),
-       COALESCE(pending.lane, dead.lane)
-  FROM event
-  LEFT JOIN pending ON pending.seq = event.seq
-  LEFT JOIN dead    ON dead.seq = event.seq
-"""
-
-# The newest ids are in no index yet (outbox.ids): these few events are walked through.
-_KNOWN = """seq IN (SELECT seq
-                     FROM known
-                    WHERE id_hash IN (SELECT value FROM json_each(:id_hashes))
-                    UNION ALL
-                   SELECT seq
-                     FROM event
-                    WHERE seq > (SELECT indexed_upto FROM ledger)
-                      AND message_id IN (SELECT value FROM json_each(:message_ids)))
-          AND message_id IN (SELECT value FROM json_each(:message_ids))"""
-
-_BY_MESSAGE_ID = f"{_RECEIPT} WHERE event.{_KNOWN}"
-
-_ROWS: dict[State, str] = {
-    "pending": """
-SELECT seq, message_id, event.upstream, app, state, kind, accepted_ms, settled_ms, attempts,
-       failing_since_ms, NULL AS reason, NULL AS status, NULL AS answer,
-       CASE WHEN length(body) <= :listed_bytes THEN body END, lane
-  FROM pending
-  JOIN event USING (seq)
-""",
-    "dead": """
-SELECT seq, message_id, event.upstream, app, state, kind, accepted_ms, settled_ms, attempts,
-       NULL AS failing_since_ms, reason, status, answer,
-       CASE WHEN length(body) <= :listed_bytes THEN body END, lane
-  FROM dead
-  JOIN event USING (seq)
-""",
-    "delivered": """
-SELECT seq, message_id, upstream, app, state, NULL AS kind, accepted_ms, settled_ms, 0 AS attempts,
-       NULL AS failing_since_ms, NULL AS reason, NULL AS status, NULL AS answer, NULL AS body,
-       NULL AS lane
-  FROM event
-""",
-}
-
-_CONDITIONS = {
-    "message_ids": _KNOWN,
-    "upstream": "event.upstream = :upstream",
-    "app": "event.app = :app",
-    # Not by lane: an event that has both ids lies in the lane of its userId.
-    "user": """:user IN (json_extract(CAST(body AS TEXT), '$.userId'),
-              json_extract(CAST(body AS TEXT), '$.anonymousId'))""",
-    "event": ":event = json_extract(CAST(body AS TEXT), '$.event')",
-    "text": "instr(CAST(body AS TEXT), :text) > 0",
-    "reason": "reason = :reason",
-    "accepted_before_ms": "accepted_ms < :accepted_before_ms",
-    "accepted_after_ms": "accepted_ms >= :accepted_after_ms",
-}
-"""What each given field of a `Selection` asks of a row."""
-
-_CONDITIONS_ON_BODIES = frozenset({"user", "event", "text"})
 
 
 class Reader:
@@ -408,7 +330,8 @@ class Reader:
 
     async def receipts(self, message_id: str) -> list[Receipt]:
         """Return where the events of that id stand, one for each upstream it was sent to."""
-        found = map(_receipt, await self._fetch(_BY_MESSAGE_ID, **_ids((message_id,))))
+        query = search.by_message_id(message_id)
+        found = [receipt_from(row) for row in await self._fetch(query.sql, **query.values)]
         return sorted(found, key=lambda receipt: receipt.upstream)
 
     async def receipt(self, message_id: str, upstream: str | None = None) -> Receipt | None:
@@ -420,30 +343,13 @@ class Reader:
     ) -> list[Receipt]:
         """Return the next *limit* events in *state* that *selection* means, behind seq *after*.
 
-        Bodies over `LISTED_BYTES` are left out. Those of delivered events are gone: a selection by user, event or text finds none there.
+        Bodies over `search.LISTED_BYTES` are left out. Those of delivered events are gone: a
+        selection by user, event or text finds none there.
         """
-        given = {name for name in _CONDITIONS if getattr(selection, name) not in (None, ())}
-        if state == "delivered" and given & (_CONDITIONS_ON_BODIES | {"reason"}):
+        query = search.selecting(state, selection, after=after, limit=limit)
+        if query is None:
             return []
-        conditions = ["state = :state", "seq > :after", *(_CONDITIONS[name] for name in given)]
-        sql = f"{_ROWS[state]} WHERE {' AND '.join(conditions)} ORDER BY seq LIMIT :limit"
-        rows = await self._fetch(
-            sql,
-            state=state,
-            after=after,
-            limit=limit,
-            listed_bytes=LISTED_BYTES,
-            **_ids(selection.message_ids),
-            upstream=None if selection.upstream is None else unlabel(selection.upstream),
-            app=selection.app,
-            event=selection.event,
-            user=selection.user,
-            text=selection.text,
-            reason=selection.reason,
-            accepted_before_ms=selection.accepted_before_ms,
-            accepted_after_ms=selection.accepted_after_ms,
-        )
-        return [_receipt(row) for row in rows]
+        return [receipt_from(row) for row in await self._fetch(query.sql, **query.values)]
 
     async def apps(self) -> list[App]:
         """Return the apps that are known, in the order of their names."""
@@ -614,58 +520,5 @@ def _bytes(path: Path) -> int | None:
         ) from exc
 
 
-def _ids(message_ids: tuple[str, ...]) -> dict[str, str]:
-    try:
-        id_hashes = [id_hash(message_id) for message_id in message_ids]
-    except UnicodeEncodeError as exc:
-        raise OutboxError(f"{exc.object!r}: not valid text, so no event has it") from exc
-    return {
-        "message_ids": msgspec.json.encode(message_ids).decode(),
-        "id_hashes": msgspec.json.encode(id_hashes).decode(),
-    }
-
-
-def receipt_of(receipts: Iterable[Receipt], upstream: str | None) -> Receipt | None:
-    """Return that of *upstream*; None: the first."""
-    return next((each for each in receipts if upstream in {None, each.upstream}), None)
-
-
 def _names(urgent: Sequence[str]) -> str | None:
     return msgspec.json.encode(urgent).decode() if urgent else None
-
-
-def _receipt(row: sqlite3.Row) -> Receipt:
-    (
-        seq,
-        message_id,
-        upstream,
-        app,
-        state,
-        kind,
-        accepted_ms,
-        settled_ms,
-        attempts,
-        failing_since_ms,
-        reason,
-        status,
-        answer,
-        body,
-        lane,
-    ) = row
-    return Receipt(
-        seq=seq,
-        message_id=message_id,
-        upstream=upstream,
-        app=app,
-        state=state,
-        kind=kind,
-        accepted_ms=accepted_ms,
-        settled_ms=settled_ms,
-        attempts=attempts,
-        failing_since_ms=failing_since_ms,
-        reason=reason,
-        status=status,
-        answer=answer,
-        body=body,
-        lane=lane,
-    )
