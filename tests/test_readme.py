@@ -1,4 +1,4 @@
-"""The README's quick start is executed as it stands, line by line, against a real agent and sandbox."""
+"""What the README and the pages behind it say is typed as it stands, against a real agent and sandbox."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from pathlib import Path
 import pytest
 from processes import DEADLINE_S, free_port
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = (README, *(ROOT / "docs" / f"{name}.md" for name in ("apps", "configuration", "operating")))
+"""In the order in which a reader goes on: each takes what was left running before."""
+
 STAYS = ("tranthor-agent run", "tranthor-agent sandbox")
 """Commands that a reader leaves running in a terminal of its own."""
 
@@ -30,23 +34,22 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Line:
-    """A command of the README and the output lines that stand below it."""
+    """A command of a page and the output lines that stand below it."""
 
     command: str
     output: tuple[str, ...]
 
 
 def console_lines() -> Iterator[Line]:
-    for block in re.findall(
-        r"^```console\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE
-    ):
+    text = "\n".join(page.read_text() for page in PAGES)
+    for block in re.findall(r"^```console\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, *output = step.rstrip("\n").split("\n")
             yield Line(command, tuple(output))
 
 
 class Reader:
-    """Somebody who types what the README says, with other ports than everybody else's."""
+    """Somebody who types what the pages say, with other ports than everybody else's."""
 
     def __init__(self, folder: Path) -> None:
         self.ports = {"7227": str(free_port()), "7228": str(free_port())}
@@ -139,13 +142,32 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
     reader.leave()
 
 
-def test_every_command_of_the_quick_start_works_as_it_stands(reader: Reader) -> None:
+def test_every_command_that_the_pages_show_works_as_it_stands(reader: Reader) -> None:
     lines = list(console_lines())
-    assert len(lines) > 15
+    assert len(lines) > 25
     for line in lines:
         reader.type(line)
     agent_code, _ = reader.press_ctrl_c()
     assert agent_code == 0
+
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)#]*)(?:#([^)]*))?\)")
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda it: it.name
+)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = [link for link in LINK.findall(page.read_text()) if not link[0].startswith("http")]
+    for path, anchor in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
 def test_the_demo_finds_that_every_sum_matches() -> None:

@@ -321,9 +321,9 @@ async def ask_four_times(world: World, origin: str) -> dict[str, Any]:
         return said
 
 
-async def test_the_example_of_the_readme_stores_its_event(world: World) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (script,) = re.findall(r"^```js\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+async def test_the_example_for_pages_stores_its_event(world: World) -> None:
+    apps = (Path(__file__).parents[2] / "docs" / "apps.md").read_text()
+    (script,) = re.findall(r"^```js\n(.*?)^```$", apps, re.MULTILINE | re.DOTALL)
     at_home = script.replace("http://127.0.0.1:7227", world.front)
     assert at_home != script
     before = await world.agent.status()
