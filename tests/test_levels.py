@@ -31,6 +31,7 @@ DECISIONS = (
     "forward.claims",
     "forward.concurrency",
     "forward.disposition",
+    "forward.gate",
     "forward.lanes",
     "forward.plan",
     "forward.trials",

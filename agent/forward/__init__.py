@@ -1,5 +1,6 @@
 """From the outbox to the upstream: what is sent when, and what an answer means.
 
+    gate                    whether anything may go now, and if not, why
     lanes, census, claims   which events go next, and which go together
     batch                   the bytes of those that do
     breaker, concurrency    whether the upstream may be tried, and how much it bears at once

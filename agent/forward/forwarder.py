@@ -21,8 +21,9 @@ import structlog
 
 from agent.clock import Clock
 from agent.errors import OutboxError
+from agent.forward import gate
 from agent.forward.batch import MAX_BATCH_BYTES, envelope
-from agent.forward.breaker import Breaker, Closed, HalfOpen, Held, Open, Ticket
+from agent.forward.breaker import Breaker, Closed, Ticket
 from agent.forward.budget import REQUEST_BYTES, KeptBack, Meter, day_of
 from agent.forward.claims import Claim
 from agent.forward.disposition import (
@@ -49,14 +50,6 @@ from agent.forward.waits import Wait, wait_of
 from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, Bury, Retry, Settlement
 from agent.outbox.writer import Writer
-
-UNSETTLED = 128
-"""Events whose settlement may wait for its commit, or two batches of them: with what is under way
-this is what a kill makes the agent send again."""
-
-BESIDE_INTAKE = 12
-"""Attempts and settlements that may be under way while apps wait to be stored: on a small machine
-the two share one processor, and an app that waits is worse than an event that waits."""
 
 STOP_S = 4.0
 """How long attempts in flight may take once the agent stops; the rest is sent after the next start."""
@@ -200,23 +193,14 @@ class Forwarder:
         )
 
     def _state(self) -> tuple[FlowState, str]:
-        if self._upstream is None:
-            return "unconfigured", self._unconfigured
-        if self._paused:
-            return "paused", "paused by a person; tranthor-agent resume ends it"
-        if self._writer.rescuing:
-            return "backing_off", "events of a damaged outbox are being read back; they go first"
-        match self._breaker.state:
-            case Open(_, _, why) | HalfOpen(Open(_, _, why)):
-                return "backing_off", why
-            case Held(_, why) | HalfOpen(Held(_, why)):
-                return "held", why
-            case _:
-                pass
-        if self._kept_back is not None:
-            return "waiting", self._kept_back.why
-        parked = self._supply.lanes.parked
-        return "flowing", f"{parked} user(s) wait behind a failing event" if parked else ""
+        return gate.state_of(
+            unconfigured=self._unconfigured if self._upstream is None else None,
+            paused=self._paused,
+            rescuing=self._writer.rescuing,
+            link=self._breaker.state,
+            kept_back=self._kept_back,
+            parked_users=self._supply.lanes.parked,
+        )
 
     # --- the dispatcher ---
 
@@ -284,9 +268,12 @@ class Forwarder:
             return None
         if self._supply.stale:
             return None
-        if self._unsettled >= max(UNSETTLED, 2 * self._plan.batch):
-            return None
-        if self._writer.pressed and self._in_flight + self._unsettled >= BESIDE_INTAKE:
+        if gate.is_crowded(
+            in_flight=self._in_flight,
+            unsettled=self._unsettled,
+            batch=self._plan.batch,
+            pressed=self._writer.pressed,
+        ):
             return None  # the next commit changes that
         due_at_s = self._due_at_s(now_s)
         if due_at_s is None or due_at_s > now_s:
@@ -304,18 +291,12 @@ class Forwarder:
     def _due_at_s(self, now_s: float) -> float | None:
         """Return from when an event may go; None: only a change can bring that."""
         self._kept_back = self._ask_budget(now_s)
-        kept_back = self._kept_back
-        lanes_at_s = self._supply.lanes.next_at_s(urgent=kept_back is not None)
-        if (
-            kept_back is not None
-            and lanes_at_s is None
-            and self._supply.lanes.next_at_s() is not None
-        ):
-            lanes_at_s = kept_back.until_s
-        if self._paused or lanes_at_s is None:
-            return None
-        opens_at_s = self._breaker.opens_at_s()
-        return lanes_at_s if opens_at_s is None else max(lanes_at_s, opens_at_s)
+        return gate.due_at_s(
+            self._supply.lanes,
+            paused=self._paused,
+            kept_back=self._kept_back,
+            opens_at_s=self._breaker.opens_at_s(),
+        )
 
     def _ask_budget(self, now_s: float) -> KeptBack | None:
         if self._meter.unlimited:
