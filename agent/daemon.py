@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import (
     AsyncIterator,
+    Awaitable,
     Callable,
     Coroutine,
     Iterable,
@@ -45,7 +46,7 @@ from agent.ingest.routes import Mount, Routes
 from agent.ingest.server import serving
 from agent.outbox.files import tally_of
 from agent.outbox.reader import open_own_reader
-from agent.outbox.records import Retention
+from agent.outbox.records import Ledger, Retention
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.upkeep import keep_up
 from agent.outbox.writer import Policy, Writer, open_writer
@@ -84,32 +85,15 @@ async def run(
         # People's searches have a connection of their own: they must not hold up delivery.
         searcher = await enter(open_own_reader(settings.outbox.path, on_damage=writer.suspect))
         ledger = await searcher.ledger()
-        forwarders: dict[str, Forwarder] = {}
-        upstreams: dict[str, Succession] = {}
 
         async def look() -> None:
             await rereading.look()
 
-        for name in ("", *settings.upstreams):
-            unconfigured = loaded.missing(name)
-            upstream = upstreams[name] = await enter(succession(clock, look))
-            if not unconfigured:
-                await upstream.take_over(
-                    translation.target(settings, name), connections=settings.forward.concurrency
-                )
-            forwarders[name] = Forwarder(
-                writer=writer,
-                # Of its own, so that one that reads past a backlog keeps no other waiting.
-                reader=await enter(open_own_reader(settings.outbox.path, on_damage=writer.suspect)),
-                upstream=None if unconfigured else upstream,
-                plan=translation.plan(settings, name),
-                tally=stack.enter_context(open_tally(tally_of(settings.outbox.path, name))),
-                clock=clock,
-                rng=random.Random(),  # noqa: S311  # spreads load, guards nothing
-                unconfigured=unconfigured or "",
-                paused=ledger.pauses(name),
-                name=name,
-            )
+        branches = {
+            name: await enter(_branch(name, loaded, writer, ledger, clock, look))
+            for name in ("", *settings.upstreams)
+        }
+        forwarders = {name: branch.forwarder for name, branch in branches.items()}
         control = Control(
             reader=searcher,
             writer=writer,
@@ -123,8 +107,7 @@ async def run(
             settings=settings,
             log_as=log_as,
             writer=writer,
-            forwarders=forwarders,
-            upstreams=upstreams,
+            branches=branches,
             control=control,
             guard=translation.guard(loaded),
             routes=_routes(loaded, writer, clock, control),
@@ -139,24 +122,86 @@ async def run(
         await enter(_background(_follow(rereading, told, notifier, clock, control)))
         await enter(_background(_report(notifier, control)))
         await enter(_background(_feed_watchdog(notifier, writer, clock, environ)))
-        log.info(
-            "agent.started",
-            version=__version__,
-            listening=addresses,
-            outbox=str(settings.outbox.path),
-            upstream=settings.upstream.url,
-            upstreams={name: upstream.url for name, upstream in settings.upstreams.items()},
-            config=str(loaded.file or "defaults"),
-        )
-        missing = map(loaded.missing, forwarders)
-        for problem in dict.fromkeys(filter(None, (*loaded.problems, *missing))):
-            log.error("agent.misconfigured", problem=problem)
+        _say_started(loaded, addresses)
         notifier.ready(await _summary(control))
         await interrupted.wait()
         notifier.stopping("finishing what is in flight")
         writer.waiters.end()  # who waits for an event is told how it stands
         log.info("agent.stop_requested")
     log.info("agent.stopped")
+
+
+def _say_started(loaded: Loaded, addresses: list[str]) -> None:
+    settings = loaded.settings
+    log.info(
+        "agent.started",
+        version=__version__,
+        listening=addresses,
+        outbox=str(settings.outbox.path),
+        upstream=settings.upstream.url,
+        upstreams={name: upstream.url for name, upstream in settings.upstreams.items()},
+        config=str(loaded.file or "defaults"),
+    )
+    missing = map(loaded.missing, ("", *settings.upstreams))
+    for problem in dict.fromkeys(filter(None, (*loaded.problems, *missing))):
+        log.error("agent.misconfigured", problem=problem)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Branch:
+    """What there is for one upstream: who forwards, and what to."""
+
+    forwarder: Forwarder
+    upstream: Succession
+
+    async def adopt(self, loaded: Loaded, name: str) -> None:
+        """Go by *loaded* from now on: what was held is tried at once."""
+        settings, unconfigured = loaded.settings, loaded.missing(name)
+        plan = translation.plan(settings, name)
+        if unconfigured:
+            self.forwarder.adopt(None, plan, unconfigured)
+        else:
+            # Anew even where no key changed: what the files of TLS hold may have.
+            await self.upstream.take_over(
+                translation.target(settings, name), connections=settings.forward.concurrency
+            )
+            self.forwarder.adopt(self.upstream, plan)
+
+
+@asynccontextmanager
+async def _branch(
+    name: str,
+    loaded: Loaded,
+    writer: Writer,
+    ledger: Ledger,
+    clock: Clock,
+    look: Callable[[], Awaitable[None]],
+) -> AsyncIterator[_Branch]:
+    """Open what is for the upstream of that name; *look* is called before a held queue is probed."""
+    settings, unconfigured = loaded.settings, loaded.missing(name)
+    async with (
+        succession(clock, look) as upstream,
+        # Of its own, so that one that reads past a backlog keeps no other waiting.
+        open_own_reader(settings.outbox.path, on_damage=writer.suspect) as reader,
+    ):
+        if not unconfigured:
+            await upstream.take_over(
+                translation.target(settings, name), connections=settings.forward.concurrency
+            )
+        with open_tally(tally_of(settings.outbox.path, name)) as tally:
+            forwarder = Forwarder(
+                writer=writer,
+                reader=reader,
+                upstream=None if unconfigured else upstream,
+                plan=translation.plan(settings, name),
+                tally=tally,
+                clock=clock,
+                rng=random.Random(),  # noqa: S311  # spreads load, guards nothing
+                unconfigured=unconfigured or "",
+                paused=ledger.pauses(name),
+                name=name,
+            )
+            yield _Branch(forwarder=forwarder, upstream=upstream)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -166,8 +211,7 @@ class _Parts:
     settings: Settings
     log_as: Callable[[Settings], None]
     writer: Writer
-    forwarders: Mapping[str, Forwarder]
-    upstreams: Mapping[str, Succession]
+    branches: Mapping[str, _Branch]
     control: Control
     guard: Guard
     routes: Routes
@@ -188,19 +232,19 @@ class _Parts:
         self.guard.adopt(translation.guard(loaded))
         self.routes.terms = translation.terms(loaded)
         self.routes.callers = translation.callers(loaded)
-        self.routes.destinations = translation.destinations(loaded, self.forwarders, self.app_keys)
+        self.routes.destinations = translation.destinations(loaded, self.branches, self.app_keys)
         self.app_keys = loaded.app_keys
         self.control.adopt(
-            urls=translation.urls(settings, self.forwarders),
+            urls=translation.urls(settings, self.branches),
             max_bytes=int(settings.outbox.max_size),
             quotas=quotas(settings),
         )
-        for name, forwarder in self.forwarders.items():
-            await _redirect(forwarder, self.upstreams[name], settings, name, loaded.missing(name))
+        for name, branch in self.branches.items():
+            await branch.adopt(loaded, name)
 
     def link_changed(self) -> None:
-        for forwarder in self.forwarders.values():
-            forwarder.link_changed()
+        for branch in self.branches.values():
+            branch.forwarder.link_changed()
 
     def note(self, problem: str | None) -> None:
         self.control.config_problem = problem
@@ -209,25 +253,7 @@ class _Parts:
         return translation.retention(self.settings)
 
 
-async def _redirect(
-    forwarder: Forwarder,
-    upstream: Succession,
-    settings: Settings,
-    name: str,
-    unconfigured: str | None,
-) -> None:
-    """Make the *forwarder* of one upstream go by *settings*: what it held is tried at once."""
-    if unconfigured:
-        forwarder.adopt(None, translation.plan(settings, name), unconfigured)
-    else:
-        # Anew even where no key changed: what the files of TLS hold may have.
-        await upstream.take_over(
-            translation.target(settings, name), connections=settings.forward.concurrency
-        )
-        forwarder.adopt(upstream, translation.plan(settings, name))
-
-
-# --- settings, as each part wants them ---
+# --- what is made of settings ---
 
 
 def _policy(settings: Settings) -> Policy:
