@@ -28,7 +28,8 @@ The levels; an import goes down, never up or sideways (`tests/test_levels.py` wa
     contract, segment              what apps post, read strictly: JSON bytes -> Event; what Segment's
                                    SDKs send, in its words
     document, event, settings      a JSON tree without poison; one event; every key that can be set
-    redaction                      what of an event is dropped, hashed or added before it is stored
+    redaction, flow                what of an event is dropped, hashed or added before it is stored;
+                                   how forwarding stands
     errors, clock, exchange, units exceptions by blame; time; one HTTP exchange as plain values;
                                    durations, sizes and secrets as people write them
 """

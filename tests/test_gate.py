@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from agent.flow import FlowState
 from agent.forward import gate
 from agent.forward.breaker import Closed, HalfOpen, Held, Open, State
 from agent.forward.budget import KeptBack
 from agent.forward.lanes import Lanes
-from agent.forward.plan import FlowState
 from agent.outbox.records import Head
 
 DOWN = Open(until_s=9.0, failures=1, why="connection refused")

@@ -23,6 +23,7 @@ DECISIONS = (
     "errors",
     "event",
     "exchange",
+    "flow",
     "forward.backoff",
     "forward.batch",
     "forward.breaker",

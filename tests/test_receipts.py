@@ -26,11 +26,10 @@ from agent.clock import SystemClock
 from agent.console.control import PREFIX, Control
 from agent.console.receipts import WAIT_MAX_S, Unattended, Wait, wait_s
 from agent.console.sandbox import DEFAULT_WRITE_KEY, Fault, Sandbox
-from agent.console.status import Flow as FlowOfStatus
 from agent.contract import read_event
+from agent.flow import Flow
 from agent.forward.claims import Claim
 from agent.forward.lanes import Lanes, Place
-from agent.forward.plan import Flow
 from agent.forward.waits import wait_of
 from agent.ingest.connection import Deadlines
 from agent.ingest.guard import Guard
@@ -309,7 +308,7 @@ class StoppedLink:
     def resume(self) -> None: ...
     def flush(self) -> None: ...
 
-    def flow(self) -> FlowOfStatus:
+    def flow(self) -> Flow:
         raise NotImplementedError
 
     def wait_of(self, seq: int, lane: int) -> Wait:

@@ -38,9 +38,10 @@ from agent.console.receipts import (
     view,
     wait_s,
 )
-from agent.console.status import Flow, Standing, Status, collect
+from agent.console.status import Standing, Status, collect
 from agent.errors import OutboxError
 from agent.exchange import Answer, Request, answer_json, refuse
+from agent.flow import Flow
 from agent.outbox.reader import Reader
 from agent.outbox.records import Quotas, Receipt, Selection, label, unlabel
 from agent.outbox.refusals import RETRY_UNAVAILABLE_S, refuse_for

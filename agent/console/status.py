@@ -9,26 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import msgspec
 
 from agent import __version__
 from agent.console.apps import AppStatus, overview
+from agent.flow import Flow, FlowState
 from agent.outbox.files import log_of
 from agent.outbox.reader import Reader
 from agent.outbox.records import Ledger, Quotas, Salvage, label
 
-State = Literal[
-    "flowing",
-    "waiting",
-    "backing_off",
-    "held",
-    "paused",
-    "unconfigured",
-    "stopped",
-    "unresponsive",
-]
+State = Literal[FlowState, "stopped", "unresponsive"]
 """The last two are said by the command alone: no daemon runs; one owns the outbox and is silent."""
 
 _WORST_FIRST: tuple[State, ...] = (
@@ -132,29 +124,6 @@ class Unreadable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Report = Status | Unreadable
-
-
-class Flow(Protocol):
-    """What the daemon's forwarder says of itself."""
-
-    @property
-    def state(self) -> State: ...
-    @property
-    def reason(self) -> str: ...
-    @property
-    def next_attempt_in_s(self) -> float | None: ...
-    @property
-    def last_error(self) -> str | None: ...
-    @property
-    def last_error_ms(self) -> int | None: ...
-    @property
-    def in_flight(self) -> int: ...
-    @property
-    def limit(self) -> float: ...
-    @property
-    def parked_users(self) -> int: ...
-    @property
-    def ambiguous(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)

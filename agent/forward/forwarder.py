@@ -21,6 +21,7 @@ import structlog
 
 from agent.clock import Clock
 from agent.errors import OutboxError
+from agent.flow import Flow, FlowState
 from agent.forward import gate
 from agent.forward.batch import MAX_BATCH_BYTES, envelope
 from agent.forward.breaker import Breaker, Closed, Ticket
@@ -41,7 +42,7 @@ from agent.forward.disposition import (
     verdict,
 )
 from agent.forward.lanes import ITEM_BYTES
-from agent.forward.plan import Flow, FlowState, Plan
+from agent.forward.plan import Plan
 from agent.forward.supply import Supply
 from agent.forward.tally import Tally
 from agent.forward.trials import Trials

@@ -12,11 +12,11 @@ The forwarder asks before each claim, and tells people the same.
 
 from __future__ import annotations
 
+from agent.flow import FlowState
 from agent.forward import breaker
 from agent.forward.breaker import HalfOpen, Held, Open
 from agent.forward.budget import KeptBack
 from agent.forward.lanes import Lanes
-from agent.forward.plan import FlowState
 
 UNSETTLED = 128
 """Events whose settlement may wait for its commit, or two batches of them: with what is under way

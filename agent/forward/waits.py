@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from agent.flow import Flow
 from agent.forward.lanes import Place
-from agent.forward.plan import Flow
 
 WaitsFor = Literal[
     "answer", "turn", "predecessor", "backoff", "hold", "budget", "resume", "upstream"

@@ -21,6 +21,7 @@ from simulation.together import torn
 from simulation.tracked import Attempt, Tracked, carried
 from simulation.virtual_time import World
 
+from agent.flow import Flow
 from agent.forward.backoff import Backoff
 from agent.forward.disposition import (
     RETRY_AFTER_MAX_S,
@@ -31,7 +32,6 @@ from agent.forward.disposition import (
     Unavailable,
 )
 from agent.forward.forwarder import Forwarder
-from agent.forward.plan import Flow
 from agent.outbox.records import Ack, Bury, Settlement
 
 REST_S = 15.0

@@ -11,8 +11,8 @@ from simulation.scenario import OPEN_MIN, PERIOD_MIN, URGENT, Choices
 from simulation.tracked import Attempt, Tracked
 from simulation.virtual_time import World
 
+from agent.flow import Flow
 from agent.forward.disposition import Delivered, Outcome, Unavailable
-from agent.forward.plan import Flow
 
 ROUND = 4
 """Deliveries after which one more request may be under way, at the least."""
