@@ -282,6 +282,16 @@ async def test_a_batch_of_more_than_may_wait_is_stored_when_nothing_else_does(
     assert len(ingest.stored()) == count
 
 
+async def test_the_conflicts_of_a_batch_are_one_line_in_the_log(ingest: Ingest) -> None:
+    items = [{"type": "page", "userId": "u", "messageId": f"m{n}"} for n in range(3)]
+    await ingest.post(batch(*items), path=BATCH)
+    with capture_logs() as logs:
+        await ingest.post(batch(items[0], *({**it, "name": "x"} for it in items[1:])), path=BATCH)
+    assert [(line["event"], line["message_id"], line["events"]) for line in logs] == [
+        ("event.conflicting", "m1", 2)
+    ]
+
+
 async def test_a_batch_that_does_not_fit_into_the_outbox_is_refused_whole(tmp_path: Path) -> None:
     async with running(tmp_path, max_bytes=200_000) as ingest:
         items = [

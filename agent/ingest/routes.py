@@ -166,9 +166,14 @@ def _stored(
         outcomes = committed.result()
     except OutboxError as exc:
         return refuse_for(exc)
-    for event, appended in zip(events, outcomes, strict=True):
-        if appended is Appended.CONFLICTING:
-            log.warning("event.conflicting", message_id=event.message_id)
+    conflicting = [
+        event.message_id
+        for event, appended in zip(events, outcomes, strict=True)
+        if appended is Appended.CONFLICTING
+    ]
+    if conflicting:
+        # One line for a request: a batch may have tens of thousands, and all others would wait.
+        log.warning("event.conflicting", message_id=conflicting[0], events=len(conflicting))
     return dialect.stored if Appended.STORED in outcomes else dialect.replayed
 
 
