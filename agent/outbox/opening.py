@@ -42,6 +42,8 @@ class Opening:
         """Whether events of a damaged database are still to come back: nothing may overtake them."""
         self.unsalvaged: list[str] = []
         """The names of these databases."""
+        self.tokens_unread: set[str] = set()
+        """Those of them that may hold tokens of apps which are not known here yet."""
         self.damaged = asyncio.Event()
         """Set when there is something to salvage."""
         self._path = path
@@ -119,12 +121,14 @@ class Opening:
         self.unsalvaged = await self.database.transact(
             lambda store: restore.note_sets(store, names, now_ms=now_ms, floor=floor)
         )
+        self.tokens_unread = set(self.unsalvaged)
         self.rescuing = bool(self.unsalvaged)
         if self.rescuing:
             self.damaged.set()
 
     def salvaged(self, name: str) -> None:
         """Nothing more comes out of the damaged database *name*."""
+        self.tokens_unread.discard(name)
         self.unsalvaged = [other for other in self.unsalvaged if other != name]
         self.rescuing = bool(self.unsalvaged)
 

@@ -161,9 +161,11 @@ class Writer:
     @property
     def apps(self) -> Mapping[str, App] | None:
         """The apps that are known, by name; None while one may be missing."""
-        if self.rescuing or not self.opening.is_open:
+        opening = self.opening
+        begins_anew = opening.rescuing and self.fault is not None
+        if begins_anew or opening.tokens_unread or not opening.is_open:
             return None
-        return self.opening.database.apps
+        return opening.database.apps
 
     @property
     def operator_key(self) -> str:
@@ -174,6 +176,10 @@ class Writer:
         """A reader met damage: begin anew with an empty database, and salvage the damaged one."""
         self.opening.damage = damage
         self._wake.set()
+
+    def tokens_read(self, name: str) -> None:
+        """The apps' tokens of the damaged database *name* are known again."""
+        self.opening.tokens_unread.discard(name)
 
     def salvaged(self, name: str) -> None:
         """Nothing more comes out of the damaged database *name*."""
