@@ -23,6 +23,7 @@ import sqlite3
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from agent.outbox.reader import Reader, open_own_reader
 from agent.outbox.records import Ack, App, Appended, Bury, Quotas, Selection
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.salvage import survey
+from agent.outbox.salvage.rows import Table, row_of
 from agent.outbox.store import Store
 from agent.outbox.writer import Policy, Writer, open_writer
 from agent.units import token_digest
@@ -506,6 +508,30 @@ async def test_what_a_person_did_since_the_damage_counts_more_than_what_is_read_
     assert found["given-anew"].token_digest == b"n" * 32
     assert found["revoked-since"].revoked_ms == 9
     assert (found["met-since"].token_digest, found["met-since"].pending) == (b"o" * 32, 1)
+
+
+async def test_of_two_damaged_outboxes_a_token_comes_back_as_the_later_one_had_it(
+    tmp_path: Path,
+) -> None:
+    from agent.outbox.restore import put_back_apps  # noqa: PLC0415  # beside its one use
+
+    given = App(name="pos", token_digest=b"o" * 32, created_ms=5)
+    revoked = replace(given, revoked_ms=9)
+    async with opened(tmp_path / "outbox.db") as (writer, reader):
+        for apps in ([given], [revoked], [given]):  # the last: read again from the beginning
+            await writer.perform(lambda store, apps=apps: put_back_apps(store, apps))  # type: ignore[misc]
+        (found,) = await reader.apps()
+
+    assert found == revoked
+
+
+def test_a_row_of_an_app_that_no_database_would_take_is_no_row() -> None:
+    name, digest = b"pos", b"d" * 32
+
+    assert row_of(Table.APP, [name, digest, 5, 6, 0, 0, 0, 0, 0, 0]) is not None
+    revoked_without_a_token = row_of(Table.APP, [name, None, 5, 6, 0, 0, 0, 0, 0, 0])
+    fewer_than_none = row_of(Table.APP, [name, digest, 5, None, 0, -1, 1, 0, 0, 0])
+    assert (revoked_without_a_token, fewer_than_none) == (None, None)
 
 
 # --- the socket's file --------------------------------------------------------------------------
