@@ -457,6 +457,18 @@ async def test_what_a_damaged_outbox_gave_back_is_looked_at_again(desk: Desk) ->
     assert told.is_set()
 
 
+async def test_what_may_still_come_back_is_not_called_unknown(desk: Desk) -> None:
+    desk.writer.suspect("for the test")
+    await until(lambda: desk.writer.rescuing and desk.writer.fault is None)
+    status, said, headers = await desk.ask("a")
+    (name,) = desk.writer.opening.unsalvaged
+    desk.writer.salvaged(name)
+
+    assert (status, said["code"]) == (503, "AGENT_OUTBOX_UNAVAILABLE")
+    assert "Retry-After" in headers
+    assert (await desk.ask("a"))[0] == 404
+
+
 async def test_more_waits_than_there_may_be_are_put_off(desk: Desk) -> None:
     await desk.store("a")
     with ExitStack() as others:
