@@ -425,6 +425,17 @@ async def test_what_is_evicted_while_it_is_waited_for_is_unknown(desk: Desk) -> 
     assert (evicted.result()[0], evicted.result()[1]["state"]) == (404, "unknown")
 
 
+async def test_what_is_evicted_after_the_outbox_was_reopened_is_told_too(desk: Desk) -> None:
+    await desk.store("a", "b")
+    await desk.writer.perform(lambda store: store.evict(1, limit=1))
+    desk.writer._break("as a failed sync does")
+    await until(lambda: desk.writer.fault is None)
+    async with desk.waiting(f"b?wait={WAIT_MAX_S}") as evicted:
+        await desk.writer.perform(lambda store: store.evict(1, limit=1))
+
+    assert evicted.result()[1]["state"] == "unknown"
+
+
 async def test_what_expires_while_it_is_waited_for_is_dead(desk: Desk) -> None:
     await desk.store("a")
     later_ms = SystemClock().wall_ms() + 1000

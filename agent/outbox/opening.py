@@ -52,6 +52,8 @@ class Opening:
         self._db: Database | None = None
         self._first = True
         self._last_seq = 0
+        self._withdrawn = 0
+        """Of the connections before this one."""
         self._contradictions = 0
 
     @property
@@ -63,6 +65,11 @@ class Opening:
         if self._db is None:
             raise AssertionError("the writer is used outside its life")
         return self._db
+
+    @property
+    def withdrawn(self) -> int:
+        """How many pending events were evicted or expired in this life; it never falls."""
+        return self._withdrawn + (0 if self._db is None else self._db.withdrawn)
 
     async def open(self) -> None:
         """Open, recover and migrate the database. Raises `OutboxError` if it cannot be used.
@@ -147,6 +154,7 @@ class Opening:
         try:
             if db is not None:
                 self._last_seq = db.last_seq
+                self._withdrawn += db.withdrawn
                 await db.close()
         except sqlite3.Error as exc:
             log.warning("outbox.close_failed", path=str(self._path), error=str(exc))

@@ -145,8 +145,8 @@ class Writer:
 
     @property
     def withdrawn(self) -> int:
-        """How many pending events were evicted or expired since the outbox was opened."""
-        return self.opening.database.withdrawn if self.opening.is_open else 0
+        """How many pending events were evicted or expired in this life of the agent."""
+        return self.opening.withdrawn
 
     @property
     def rescuing(self) -> bool:
