@@ -337,6 +337,23 @@ async def test_calls_that_are_stored_together_share_one_quota(tmp_path: Path) ->
     assert [outcome == [Appended.STORED] for outcome in outcomes] == [True] * 3 + [False] * 5
 
 
+async def test_what_is_known_already_takes_nothing_of_a_quota(tmp_path: Path) -> None:
+    held = [event(f"{n}", "pos", filler="x" * 500) for n in range(4)]
+    fifth, sixth, seventh = (event(name, "pos", filler="x" * 500) for name in "abc")
+    footprint = len(held[0].body) + 256
+    policy = replace(POLICY, quotas=Quotas(named={"pos": 6 * footprint}))
+    async with opened(tmp_path / "outbox.db", policy) as (writer, _):
+        await writer.append(held)
+        together = [writer.append([each]) for each in (*held, fifth)]
+        outcomes = [await each for each in together]
+        mixed = await writer.append([*held, sixth])
+        with pytest.raises(AppQuotaError):
+            await writer.append([*held, seventh])
+
+    assert outcomes == [[Appended.REPLAYED]] * 4 + [[Appended.STORED]]
+    assert mixed == [Appended.REPLAYED] * 4 + [Appended.STORED]
+
+
 async def test_nothing_of_others_makes_room_for_an_app_over_its_quota(tmp_path: Path) -> None:
     policy = Policy(
         max_bytes=100_000, evicts=True, remember=True, quotas=Quotas(named={"pos": 5_000})
