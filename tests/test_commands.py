@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import click
+import msgspec
 import pytest
 import structlog
 from click.testing import CliRunner, Result
@@ -39,6 +40,8 @@ KEY = "a-key-that-nobody-may-see"
 
 HOSTILE = "\x1b[31mred\x1b[0m\x07[bold]\u202e\u009b\nnext"
 """An escape sequence, a bell, rich markup, a reversal of direction, C1's CSI and a line feed."""
+
+SAME_ID = b'{"messageId": "same", "event": "Paid", "userId": "ann"}'
 
 DEADLINE_S = 30.0
 
@@ -493,6 +496,27 @@ def test_discard_takes_nothing_that_died_after_the_question(
 
     assert result.stdout == "discarded 1 dead letter\n"
     assert (ledger(outbox).dead, ledger(outbox).discarded) == (1, 1)
+
+
+def test_discard_leaves_alone_what_has_the_same_id_for_another_upstream(
+    config: Path, outbox: Path
+) -> None:
+    async def make() -> None:
+        async with writing(outbox) as writer:
+            for name in ("", "crm"):
+                letter = read_event("track", SAME_ID, received_ms=SystemClock().wall_ms())
+                await writer.append([msgspec.structs.replace(letter, upstream=name)])
+            for seq in (1, 2):
+                await writer.settle(Bury(seq=seq, reason="rejected", status=400, answer="no"))
+
+    asyncio.run(make())
+
+    result = ask("dead", "discard", "--upstream", "crm", "--config", config, answer="y\n")
+
+    assert "discard 1 dead letter for good?" in result.stderr
+    assert result.stdout == "discarded 1 dead letter\n"
+    left = lines(ask("dead", "list", "--json", "--config", config).stdout)
+    assert [letter["upstream"] for letter in left] == ["default"]
 
 
 # --- pause, resume, flush ---

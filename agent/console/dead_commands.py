@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
 import click
+import msgspec
 
 from agent.config import Loaded
 from agent.console.diagnosis import count
@@ -140,7 +141,8 @@ def _confirmed(ctx: click.Context, loaded: Loaded, selection: Selection) -> Sele
     if not agreed:
         click.echo("nothing was discarded", err=True)
         ctx.exit(1)
-    return Selection(message_ids=ids)
+    # With its conditions: another upstream may have a dead letter of the same id.
+    return msgspec.structs.replace(selection, message_ids=ids)
 
 
 def _tell_of_others(ctx: click.Context, selection: Selection, changed: int) -> None:
