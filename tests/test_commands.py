@@ -326,6 +326,20 @@ def test_delivered_events_cannot_be_selected_by_what_was_not_kept(
     assert "only its id and times are kept" in refused.stderr
 
 
+@pytest.mark.parametrize("option", ["--app", "--upstream", "--event", "--user", "--text"])
+@pytest.mark.parametrize("command", [["list"], ["dead", "discard", "--yes"]])
+def test_an_empty_condition_selects_nothing_that_nobody_meant(
+    config: Path, outbox: Path, command: list[str], option: str
+) -> None:
+    fill(outbox, dead=1)
+
+    refused = ask(*command, option, "", "--config", config)
+
+    assert refused.exit_code == 2
+    assert "leave the option out" in refused.stderr
+    assert ask("dead", "list", "--json", "--config", config).stdout
+
+
 def test_an_age_without_a_unit_is_refused(config: Path) -> None:
     result = ask("list", "--older-than", "5", "--config", config)
 

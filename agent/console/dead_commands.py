@@ -17,6 +17,7 @@ from agent.console.diagnosis import count
 from agent.console.invocation import Group, complain, program, settings_in_effect
 from agent.console.listing import (
     app_option,
+    given,
     json_option,
     limit_option,
     list_to_stdout,
@@ -40,10 +41,12 @@ def dead_group() -> None:
 
 def _conditions(command: _F) -> _F:
     for option in (
-        click.option("--text", help="Only those with this text anywhere in their JSON."),
+        click.option(
+            "--text", callback=given, help="Only those with this text anywhere in their JSON."
+        ),
         click.option("--reason", type=click.Choice(get_args(Reason)), help="Why set aside."),
-        click.option("--user", help="Only those of this userId or anonymousId."),
-        click.option("--event", help="Only those of this event name."),
+        click.option("--user", callback=given, help="Only those of this userId or anonymousId."),
+        click.option("--event", callback=given, help="Only those of this event name."),
         app_option,
         upstream_option,
     ):
