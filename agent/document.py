@@ -130,15 +130,24 @@ Linked and not joined: a text for each value would take their product where a lo
 
 
 def _walk(fields: dict[str, Any], root_depth: int) -> Iterator[tuple[_Trail, Any, int]]:
-    """Yield (trail, value, depth) of every value, containers above their contents."""
-    stack: list[tuple[_Trail, Any, int]] = [(None, fields, root_depth)]
+    """Yield (trail, value, depth) of every value, containers above their contents.
+
+    Of each container that it is in it keeps one place, and no list of what is still to come.
+    """
+    yield None, fields, root_depth
+    stack: list[tuple[_Trail, Iterator[tuple[str | int, Any]]]] = [(None, iter(fields.items()))]
     while stack:
-        trail, value, depth = stack.pop()
-        yield trail, value, depth
-        if isinstance(value, dict):
-            stack.extend(((trail, key), item, depth + 1) for key, item in value.items())
-        elif isinstance(value, list):
-            stack.extend(((trail, i), item, depth + 1) for i, item in enumerate(value))
+        trail, items = stack[-1]
+        for step, value in items:
+            yield (trail, step), value, root_depth + len(stack)
+            if isinstance(value, dict):
+                stack.append(((trail, step), iter(value.items())))
+                break
+            if isinstance(value, list):
+                stack.append(((trail, step), iter(enumerate(value))))
+                break
+        else:
+            stack.pop()
 
 
 def _path(trail: _Trail) -> str:

@@ -23,10 +23,12 @@ from uuid import UUID
 
 import msgspec
 
+from agent.errors import InvalidEventError
 from agent.units import Secret
 
 Refine = Callable[[dict[str, Any]], None]
-"""Edits the fields of an event in place. What was a valid event still is one."""
+"""Edits the fields of an event in place. What was a valid event still is one, unless it has come to be
+too large: then `InvalidEventError`."""
 
 APP = "app"
 """Holds what an app has as context.agent that is no object: it is kept, beside what is added."""
@@ -56,7 +58,7 @@ def refinement(
     tree = _tree(rules)
 
     def refine(fields: dict[str, Any]) -> None:
-        _redact(fields, tree, secret)
+        _redact(fields, tree, _Hashing(secret))
         if added:
             _add(fields, added)
 
@@ -102,28 +104,51 @@ def _below(rules: Sequence[tuple[_Names, _Verdict]]) -> _Verdict | _Tree:
     return _Verdict.DROP if _Verdict.DROP in ended else _Verdict.HASH
 
 
-def _redact(value: object, tree: _Tree, key: bytes) -> None:
+def _redact(value: object, tree: _Tree, hashing: _Hashing) -> None:
     if isinstance(value, list):
         for item in value:
-            _redact(item, tree, key)
+            _redact(item, tree, hashing)
     elif isinstance(value, dict):
         for name in list(value) if _ANY in tree else [name for name in tree if name in value]:
             match tree.get(name, tree.get(_ANY)):
                 case _Verdict.DROP:
                     del value[name]
                 case _Verdict.HASH:
-                    value[name] = _hashed(value[name], key)
+                    value[name] = hashing.of(value[name])
                 case dict() as below:
-                    _redact(value[name], below, key)
+                    _redact(value[name], below, hashing)
                 case None:
                     pass
 
 
-def _hashed(value: object, key: bytes) -> object:
-    if isinstance(value, list):
-        return [_hashed(item, key) for item in value]
-    # A null says that there is nothing, and goes on saying so.
-    return None if value is None else hash_of(value, key)
+_HASH_BYTES = 67
+"""What a hash takes in an array or object: 64 digits, quotes and a comma."""
+
+_MOST_HASHES = 5_242_880 // _HASH_BYTES
+"""With more of them no event keeps within the upstream's limit; an array of 5 MiB would come to 170 MiB."""
+
+
+class _Hashing:
+    """Hashes the values of one event, as many as one may have."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._left = _MOST_HASHES
+
+    def of(self, value: object) -> object:
+        if isinstance(value, list):
+            return [self.of(item) for item in value]
+        if value is None:
+            return None  # it says that there is nothing, and goes on saying so
+        if self._left == 0:
+            raise InvalidEventError(
+                f"body: over {_MOST_HASHES} values are to be hashed here, and the hashes would not fit"
+                " into an event; send less, or split it",
+                status=413,
+                code="FST_ERR_CTP_BODY_TOO_LARGE",
+            )
+        self._left -= 1
+        return hash_of(value, self._key)
 
 
 def _add(fields: dict[str, Any], added: Mapping[str, str]) -> None:

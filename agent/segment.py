@@ -9,8 +9,9 @@ Source: what the SDKs send (`tests/test_sdks.py` runs them); Segment's HTTP API;
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
+
+import msgspec
 
 from agent.event import Kind
 
@@ -64,8 +65,9 @@ def _take_traits(fields: dict[str, Any]) -> None:
         case {"traits": _}:
             pass
         case {"context": {"traits": dict(traits)}}:
-            # A copy: what is redacted in one place is not thereby changed in the other.
-            fields["traits"] = deepcopy(traits)
+            # A copy: what is redacted in one place is not thereby changed in the other. By way of
+            # JSON, which of 5 MiB of small values takes a tenth of a second; deepcopy takes seconds.
+            fields["traits"] = msgspec.json.decode(msgspec.json.encode(traits))
 
 
 def _copy_category(fields: dict[str, Any]) -> None:

@@ -264,7 +264,7 @@ class Outbox(msgspec.Struct, frozen=True, kw_only=True):
         Seconds,
         Help(
             "How long the ids of delivered events are remembered, so that an app that repeats one does"
-            ' not have it counted twice. "0s" forgets at once. Raise it for apps that repeat after'
+            ' not have it counted twice. "0s" forgets at once: a receipt then ends as unknown. Raise it for apps that repeat after'
             " weeks; each id takes a little room, within max_size.",
             low=0,
             high=_CENTURY_S,

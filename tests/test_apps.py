@@ -23,6 +23,7 @@ import sqlite3
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from agent.outbox.reader import Reader, open_own_reader
 from agent.outbox.records import Ack, App, Appended, Bury, Quotas, Selection
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.salvage import survey
+from agent.outbox.salvage.rows import Table, row_of
 from agent.outbox.store import Store
 from agent.outbox.writer import Policy, Writer, open_writer
 from agent.units import token_digest
@@ -335,6 +337,23 @@ async def test_calls_that_are_stored_together_share_one_quota(tmp_path: Path) ->
     assert [outcome == [Appended.STORED] for outcome in outcomes] == [True] * 3 + [False] * 5
 
 
+async def test_what_is_known_already_takes_nothing_of_a_quota(tmp_path: Path) -> None:
+    held = [event(f"{n}", "pos", filler="x" * 500) for n in range(4)]
+    fifth, sixth, seventh = (event(name, "pos", filler="x" * 500) for name in "abc")
+    footprint = len(held[0].body) + 256
+    policy = replace(POLICY, quotas=Quotas(named={"pos": 6 * footprint}))
+    async with opened(tmp_path / "outbox.db", policy) as (writer, _):
+        await writer.append(held)
+        together = [writer.append([each]) for each in (*held, fifth)]
+        outcomes = [await each for each in together]
+        mixed = await writer.append([*held, sixth])
+        with pytest.raises(AppQuotaError):
+            await writer.append([*held, seventh])
+
+    assert outcomes == [[Appended.REPLAYED]] * 4 + [[Appended.STORED]]
+    assert mixed == [Appended.REPLAYED] * 4 + [Appended.STORED]
+
+
 async def test_nothing_of_others_makes_room_for_an_app_over_its_quota(tmp_path: Path) -> None:
     policy = Policy(
         max_bytes=100_000, evicts=True, remember=True, quotas=Quotas(named={"pos": 5_000})
@@ -416,12 +435,17 @@ async def test_an_older_outbox_takes_events_of_apps_once_it_is_migrated(
 # --- out of a damaged outbox --------------------------------------------------------------------
 
 
-async def until_salvaged(writer: Writer) -> None:
+async def until_salvaged(writer: Writer, *names: str) -> bool:
+    """Return whether the apps *names* were known before all of their events were back."""
+    known_early = False
     while writer.fault is None and not writer.rescuing:  # noqa: ASYNC110  # another task
         await asyncio.sleep(0)
     while writer.fault is not None or writer.rescuing:  # another task
-        assert writer.apps is None, "some may be missing, and must not be refused for good"
-        await asyncio.sleep(0.01)
+        known = writer.apps
+        assert known is None or {*names} <= known.keys(), "it must not be refused for good"
+        known_early |= known is not None
+        await asyncio.sleep(0)
+    return known_early
 
 
 async def test_tokens_and_apps_come_back_from_a_damaged_outbox(tmp_path: Path) -> None:
@@ -441,11 +465,12 @@ async def test_tokens_and_apps_come_back_from_a_damaged_outbox(tmp_path: Path) -
         async with asyncio.TaskGroup() as tasks:
             salvage = tasks.create_task(salvage_damaged(writer))
             writer.suspect("for the test")
-            await until_salvaged(writer)
+            known_early = await until_salvaged(writer, *digests)
             salvage.cancel()
         after = await reader.apps()
         receipts = [await reader.receipt(f"{n}") for n in range(6)]
 
+    assert known_early, "an app is not kept waiting for what others posted"
     named = {it.name: it for it in before}
     assert [msgspec.to_builtins(it) for it in after if it.token_digest] == [
         msgspec.to_builtins(named[name]) for name in ("kiosk", "pos")
@@ -500,6 +525,30 @@ async def test_what_a_person_did_since_the_damage_counts_more_than_what_is_read_
     assert found["given-anew"].token_digest == b"n" * 32
     assert found["revoked-since"].revoked_ms == 9
     assert (found["met-since"].token_digest, found["met-since"].pending) == (b"o" * 32, 1)
+
+
+async def test_of_two_damaged_outboxes_a_token_comes_back_as_the_later_one_had_it(
+    tmp_path: Path,
+) -> None:
+    from agent.outbox.restore import put_back_apps  # noqa: PLC0415  # beside its one use
+
+    given = App(name="pos", token_digest=b"o" * 32, created_ms=5)
+    revoked = replace(given, revoked_ms=9)
+    async with opened(tmp_path / "outbox.db") as (writer, reader):
+        for apps in ([given], [revoked], [given]):  # the last: read again from the beginning
+            await writer.perform(lambda store, apps=apps: put_back_apps(store, apps))  # type: ignore[misc]
+        (found,) = await reader.apps()
+
+    assert found == revoked
+
+
+def test_a_row_of_an_app_that_no_database_would_take_is_no_row() -> None:
+    name, digest = b"pos", b"d" * 32
+
+    assert row_of(Table.APP, [name, digest, 5, 6, 0, 0, 0, 0, 0, 0]) is not None
+    revoked_without_a_token = row_of(Table.APP, [name, None, 5, 6, 0, 0, 0, 0, 0, 0])
+    fewer_than_none = row_of(Table.APP, [name, digest, 5, None, 0, -1, 1, 0, 0, 0])
+    assert (revoked_without_a_token, fewer_than_none) == (None, None)
 
 
 # --- the socket's file --------------------------------------------------------------------------

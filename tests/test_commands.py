@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import click
+import msgspec
 import pytest
 import structlog
 from click.testing import CliRunner, Result
@@ -40,6 +41,8 @@ KEY = "a-key-that-nobody-may-see"
 
 HOSTILE = "\x1b[31mred\x1b[0m\x07[bold]\u202e\u009b\nnext"
 """An escape sequence, a bell, rich markup, a reversal of direction, C1's CSI and a line feed."""
+
+SAME_ID = b'{"messageId": "same", "event": "Paid", "userId": "ann"}'
 
 DEADLINE_S = 30.0
 
@@ -324,6 +327,20 @@ def test_delivered_events_cannot_be_selected_by_what_was_not_kept(
     assert "only its id and times are kept" in refused.stderr
 
 
+@pytest.mark.parametrize("option", ["--app", "--upstream", "--event", "--user", "--text"])
+@pytest.mark.parametrize("command", [["list"], ["dead", "discard", "--yes"]])
+def test_an_empty_condition_selects_nothing_that_nobody_meant(
+    config: Path, outbox: Path, command: list[str], option: str
+) -> None:
+    fill(outbox, dead=1)
+
+    refused = ask(*command, option, "", "--config", config)
+
+    assert refused.exit_code == 2
+    assert "leave the option out" in refused.stderr
+    assert ask("dead", "list", "--json", "--config", config).stdout
+
+
 def test_an_age_without_a_unit_is_refused(config: Path) -> None:
     result = ask("list", "--older-than", "5", "--config", config)
 
@@ -494,6 +511,27 @@ def test_discard_takes_nothing_that_died_after_the_question(
 
     assert result.stdout == "discarded 1 dead letter\n"
     assert (ledger(outbox).dead, ledger(outbox).discarded) == (1, 1)
+
+
+def test_discard_leaves_alone_what_has_the_same_id_for_another_upstream(
+    config: Path, outbox: Path
+) -> None:
+    async def make() -> None:
+        async with writing(outbox) as writer:
+            for name in ("", "crm"):
+                letter = read_event("track", SAME_ID, received_ms=SystemClock().wall_ms())
+                await writer.append([msgspec.structs.replace(letter, upstream=name)])
+            for seq in (1, 2):
+                await writer.settle(Bury(seq=seq, reason="rejected", status=400, answer="no"))
+
+    asyncio.run(make())
+
+    result = ask("dead", "discard", "--upstream", "crm", "--config", config, answer="y\n")
+
+    assert "discard 1 dead letter for good?" in result.stderr
+    assert result.stdout == "discarded 1 dead letter\n"
+    left = lines(ask("dead", "list", "--json", "--config", config).stdout)
+    assert [letter["upstream"] for letter in left] == ["default"]
 
 
 # --- pause, resume, flush ---

@@ -651,6 +651,21 @@ def test_checking_a_body_takes_memory_in_proportion_to_it() -> None:
     assert peak_bytes < 50 * len(raw)
 
 
+def test_checking_many_small_values_takes_less_memory_than_they_do() -> None:
+    raw = track(properties={"x": [[]] * 100_000})
+    tracemalloc.start()
+    try:
+        tree = json.loads(raw)
+        tree_bytes, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        parse(raw)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tree
+    assert peak_bytes - tree_bytes < 2 * tree_bytes
+
+
 # --- the digest ------------------------------------------------------------------------------------
 
 

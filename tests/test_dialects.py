@@ -297,3 +297,12 @@ async def test_the_key_of_a_single_call_may_stand_in_it_and_is_not_stored(
     await ingest.post(json.dumps(call(writeKey="crm-key")).encode(), "/v1/track")
     assert rows(tmp_path, UPSTREAMS) == [("m1", "crm")]
     assert "crm-key" not in json.dumps(ingest.stored())
+
+
+@pytest.mark.parametrize("path", ["/v1/track", "/v1/batch"])
+async def test_a_body_too_deep_for_a_key_to_be_found_in_it_is_refused(
+    ingest: Ingest, path: str
+) -> None:
+    raw = b'{"properties":' + b"[" * 50_000 + b"]" * 50_000 + b"}"
+    message = assert_refused(await ingest.post(raw, path), 400, "FST_ERR_VALIDATION")
+    assert "nested deeper" in message

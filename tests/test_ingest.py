@@ -11,7 +11,7 @@ import sqlite3
 import stat
 import threading
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from structlog.testing import capture_logs
 from agent.contract import Terms, read_event
 from agent.errors import AgentError, OutboxOverloadedError
 from agent.exchange import Answer, Request
+from agent.ingest.callers import Callers
 from agent.ingest.guard import Guard
 from agent.ingest.reply import Handler, Reply
 from agent.ingest.routes import Routes
@@ -280,6 +281,29 @@ async def test_a_batch_of_more_than_may_wait_is_stored_when_nothing_else_does(
     items = [{"type": "page", "userId": "u", "messageId": f"m{n}"} for n in range(count)]
     assert (await ingest.post(batch(*items), path=BATCH))[0] == 204
     assert len(ingest.stored()) == count
+
+
+async def test_a_batch_whose_app_may_post_no_more_when_it_was_read_is_refused(
+    ingest: Ingest,
+) -> None:
+    item = {"type": "page", "userId": "u", "messageId": "m"}
+    headers = {"content-type": "application/json"}
+    asked = Request(method="POST", path=BATCH, query={}, headers=headers, body=batch(item))
+    reply = ingest.routes.answer(asked)
+    assert isinstance(reply, Coroutine)
+    ingest.routes.callers = Callers(require_token=True)
+    assert (await reply).status == 401
+    assert ingest.stored() == []
+
+
+async def test_the_conflicts_of_a_batch_are_one_line_in_the_log(ingest: Ingest) -> None:
+    items = [{"type": "page", "userId": "u", "messageId": f"m{n}"} for n in range(3)]
+    await ingest.post(batch(*items), path=BATCH)
+    with capture_logs() as logs:
+        await ingest.post(batch(items[0], *({**it, "name": "x"} for it in items[1:])), path=BATCH)
+    assert [(line["event"], line["message_id"], line["events"]) for line in logs] == [
+        ("event.conflicting", "m1", 2)
+    ]
 
 
 async def test_a_batch_that_does_not_fit_into_the_outbox_is_refused_whole(tmp_path: Path) -> None:

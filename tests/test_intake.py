@@ -53,6 +53,21 @@ async def test_what_was_refused_waits_no_more(full_of: str) -> None:
     assert not intake.appends
 
 
+@pytest.mark.parametrize("oversized", ["events", "bytes"])
+async def test_a_batch_that_never_fits_need_not_be_alone_but_finds_one_place_free(
+    oversized: str,
+) -> None:
+    one, many = events(1), events(QUEUE_EVENTS + 1)
+    if oversized == "bytes":
+        many = events(1, body_bytes=QUEUE_BYTES + 1)
+    intake = Intake()
+    intake.append(one)
+    intake.append(many)
+    for more in (one, many):
+        with pytest.raises(OutboxOverloadedError):
+            intake.append(more)
+
+
 async def test_what_was_rolled_back_waits_no_more_but_for_its_settlements() -> None:
     intake = Intake()
     intake.append(events(QUEUE_EVENTS))

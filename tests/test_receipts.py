@@ -424,6 +424,17 @@ async def test_what_is_evicted_while_it_is_waited_for_is_unknown(desk: Desk) -> 
     assert (evicted.result()[0], evicted.result()[1]["state"]) == (404, "unknown")
 
 
+async def test_what_is_evicted_after_the_outbox_was_reopened_is_told_too(desk: Desk) -> None:
+    await desk.store("a", "b")
+    await desk.writer.perform(lambda store: store.evict(1, limit=1))
+    desk.writer._break("as a failed sync does")
+    await until(lambda: desk.writer.fault is None)
+    async with desk.waiting(f"b?wait={WAIT_MAX_S}") as evicted:
+        await desk.writer.perform(lambda store: store.evict(1, limit=1))
+
+    assert evicted.result()[1]["state"] == "unknown"
+
+
 async def test_what_expires_while_it_is_waited_for_is_dead(desk: Desk) -> None:
     await desk.store("a")
     later_ms = SystemClock().wall_ms() + 1000
@@ -454,6 +465,18 @@ async def test_what_a_damaged_outbox_gave_back_is_looked_at_again(desk: Desk) ->
     with desk.writer.waiters.watch(1) as told:
         desk.writer.salvaged("outbox.db.damaged-1")
     assert told.is_set()
+
+
+async def test_what_may_still_come_back_is_not_called_unknown(desk: Desk) -> None:
+    desk.writer.suspect("for the test")
+    await until(lambda: desk.writer.rescuing and desk.writer.fault is None)
+    status, said, headers = await desk.ask("a")
+    (name,) = desk.writer.opening.unsalvaged
+    desk.writer.salvaged(name)
+
+    assert (status, said["code"]) == (503, "AGENT_OUTBOX_UNAVAILABLE")
+    assert "Retry-After" in headers
+    assert (await desk.ask("a"))[0] == 404
 
 
 async def test_more_waits_than_there_may_be_are_put_off(desk: Desk) -> None:

@@ -390,6 +390,19 @@ def test_every_process_makes_the_same_bytes() -> None:
     assert '"site":"b3"' in body
 
 
+def test_more_hashes_than_an_event_has_room_for_are_not_made() -> None:
+    refine = refinement(hashed=["properties.*"], key=KEY)
+    assert refine is not None
+    properties: dict[str, Any] = {"few": [1, None] * 50_000, "many": [1] * 50_000, "last": 1}
+    with pytest.raises(InvalidEventError, match="over 78251 values") as refused:
+        refine({"properties": properties})
+    assert refused.value.status == 413
+    assert properties["last"] == 1  # it ended there
+    few: dict[str, Any] = {"few": [1] * 50_000}
+    for _ in range(2):  # each event has as many
+        refine({"properties": dict(few)})
+
+
 def test_what_is_added_counts_for_the_limit_of_a_body() -> None:
     raw = b'{"messageId":"m","event":"e","userId":"u"}'
     plain = read_event("track", raw, received_ms=0)

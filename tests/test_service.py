@@ -659,3 +659,21 @@ def test_a_mended_configuration_needs_no_restart_by_hand(machine: Machine) -> No
     machine.sh(f"printf '' >/etc/{USER}/config.toml")
 
     until(lambda: machine.show("ActiveState") == "active", machine.journal)
+
+
+def test_a_reload_takes_up_a_good_configuration_and_refuses_a_bad_one(machine: Machine) -> None:
+    machine.start()
+    before, pid = machine.status()[1], machine.pid
+    config = f"/etc/{USER}/config.toml"
+
+    machine.sh(f"printf '\\n[outbox]\\nmax_size = \"64MiB\"\\n' >>{config}")
+    machine.sh(f"systemctl reload {USER}")
+    until(lambda: machine.status()[1]["outbox"]["max_bytes"] == 64 * 2**20, machine.journal)
+    assert before["outbox"]["max_bytes"] == 2**30
+
+    machine.sh(f"printf 'max_sise = 1\\n' >>{config}")
+    machine.sh(f"systemctl reload {USER}")
+    until(lambda: "did you mean max_size?" in machine.journal(), machine.journal)
+
+    assert (machine.show("ActiveState"), machine.pid) == ("active", pid)
+    assert machine.post("m-1") == 204

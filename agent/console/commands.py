@@ -33,6 +33,7 @@ from agent.console.invocation import (
 )
 from agent.console.listing import (
     app_option,
+    given,
     json_option,
     limit_option,
     list_to_stdout,
@@ -105,9 +106,9 @@ async def _watch(loaded: Loaded, *, as_json: bool) -> None:
 @click.option("--state", type=click.Choice(get_args(State)), default="pending", show_default=True)
 @upstream_option
 @app_option
-@click.option("--event", help="Only events of this name.")
-@click.option("--user", help="Only events of this userId or anonymousId.")
-@click.option("--text", help="Only events with this text anywhere in their JSON.")
+@click.option("--event", callback=given, help="Only events of this name.")
+@click.option("--user", callback=given, help="Only events of this userId or anonymousId.")
+@click.option("--text", callback=given, help="Only events with this text anywhere in their JSON.")
 @click.option(
     "--older-than", metavar="AGE", callback=seconds, help="Accepted longer ago than 30s, 1h, 7d …"
 )

@@ -39,7 +39,7 @@ from agent.console.receipts import (
     wait_s,
 )
 from agent.console.status import Standing, Status, collect
-from agent.errors import OutboxError
+from agent.errors import OutboxError, OutboxUnavailableError
 from agent.exchange import Answer, Request, answer_json, refuse
 from agent.flow import Flow
 from agent.outbox.reader import Reader
@@ -238,9 +238,15 @@ class Control:
         waited_s = _wait_s(query.wait)
         if isinstance(waited_s, Answer):
             return waited_s
+        rescuing = self._writer.rescuing  # before the look: it may be over right behind that
         known = await self._settled(message_id, upstream, waited_s)
         receipt = receipt_of(known, upstream)
         if receipt is None:
+            if rescuing or self._writer.rescuing:
+                raise OutboxUnavailableError(
+                    f"messageId {message_id[:200]!r} is not known yet: the events of a damaged outbox"
+                    " are still read back"
+                )
             return answer_json(unknown(message_id), status=404)
         wait = self._wait_of(receipt) if receipt.state == "pending" else None
         return answer_json(receipt_view(receipt, wait, known))

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
 import click
+import msgspec
 
 from agent.config.loaded import Loaded
 from agent.console.diagnosis import count
 from agent.console.invocation import Group, complain, program, settings_in_effect
 from agent.console.listing import (
     app_option,
+    given,
     json_option,
     limit_option,
     list_to_stdout,
@@ -39,10 +41,12 @@ def dead_group() -> None:
 
 def _conditions(command: _F) -> _F:
     for option in (
-        click.option("--text", help="Only those with this text anywhere in their JSON."),
+        click.option(
+            "--text", callback=given, help="Only those with this text anywhere in their JSON."
+        ),
         click.option("--reason", type=click.Choice(get_args(Reason)), help="Why set aside."),
-        click.option("--user", help="Only those of this userId or anonymousId."),
-        click.option("--event", help="Only those of this event name."),
+        click.option("--user", callback=given, help="Only those of this userId or anonymousId."),
+        click.option("--event", callback=given, help="Only those of this event name."),
         app_option,
         upstream_option,
     ):
@@ -140,7 +144,8 @@ def _confirmed(ctx: click.Context, loaded: Loaded, selection: Selection) -> Sele
     if not agreed:
         click.echo("nothing was discarded", err=True)
         ctx.exit(1)
-    return Selection(message_ids=ids)
+    # With its conditions: another upstream may have a dead letter of the same id.
+    return msgspec.structs.replace(selection, message_ids=ids)
 
 
 def _tell_of_others(ctx: click.Context, selection: Selection, changed: int) -> None:

@@ -30,6 +30,16 @@ def seconds(_: click.Context, __: click.Parameter, text: str | None) -> float | 
         raise click.BadParameter(str(exc)) from exc
 
 
+def given(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
+    """Return *text*, which is not empty; a callback of options.
+
+    Empty is what a variable of a script without a value becomes, and would select what nobody meant.
+    """
+    if text == "":
+        raise click.BadParameter("it is empty; leave the option out to mean all")
+    return text
+
+
 def json_option(command: _F) -> _F:
     return click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for scripts.")(
         command
@@ -38,14 +48,17 @@ def json_option(command: _F) -> _F:
 
 def upstream_option(command: _F) -> _F:
     return click.option(
-        "--upstream", metavar="NAME", help="Only that one of several; [upstream] is default."
+        "--upstream",
+        metavar="NAME",
+        callback=given,
+        help="Only that one of several; [upstream] is default.",
     )(command)
 
 
 def app_option(command: _F) -> _F:
-    return click.option("--app", metavar="NAME", help="Only those that came from this app.")(
-        command
-    )
+    return click.option(
+        "--app", metavar="NAME", callback=given, help="Only those that came from this app."
+    )(command)
 
 
 def limit_option(command: _F) -> _F:

@@ -164,18 +164,22 @@ async def receipts(
     as long as an agent runs that could settle them. Raises `DaemonRefusedError` then.
     """
     ingest = loaded.settings.ingest
+    refused: DaemonRefusedError | None = None
     async with open_client(ingest.host, ingest.port) as client:
         try:
             if _is_of(await client.status(), loaded):
                 return await _told(client, message_id, upstream, wait_s)
         except DaemonSilentError:
             pass
-        except DaemonRefusedError:  # it may know no more than that it cannot read
+        except DaemonRefusedError as exc:  # it may know no more than that it cannot read
             if wait_s:
                 raise
+            refused = exc
     alone = Unattended("agent", "no agent runs here that answers")
     async with _reading(await _outbox_path(loaded)) as reader:
         known = await reader.receipts(message_id)
+    if refused is not None and not known:
+        raise refused
     return [
         receipt_view(each, alone if each.state == "pending" else None, known)
         for each in known

@@ -53,8 +53,8 @@ class Dialect:
             return ""
         try:
             return _KEYED.decode(body).write_key or ""
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            return ""  # what matters in it has been read by now
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return ""  # what is wrong with it is said when it is read
 
 
 def media_type(content_type: str) -> str:

@@ -103,7 +103,7 @@ class Routes:
                 f"Content-Type: expected application/json, got {content_type[:100]!r}",
             )
         if endpoint == "batch":
-            return self._take_batch(dialect, request, upstream, app)
+            return self._take_batch(dialect, request, upstream)
         terms = dialect.terms(self.terms)
         try:
             event = read_event(
@@ -113,9 +113,7 @@ class Routes:
             return refuse(exc.status, exc.code, str(exc))
         return self._append([event], dialect, request, upstream, app)
 
-    async def _take_batch(
-        self, dialect: Dialect, request: Request, upstream: str | None, app: str
-    ) -> Answer:
+    async def _take_batch(self, dialect: Dialect, request: Request, upstream: str | None) -> Answer:
         """Take all events of a batch, or none of them."""
         try:
             events = await self._turns.read(
@@ -127,6 +125,10 @@ class Routes:
             return refuse(exc.status, exc.code, str(exc))
         except OutboxError as exc:
             return refuse_for(exc)
+        # Once more: it may have waited for its turn while a token was revoked.
+        app = self.callers.app_of(request, self._writer.apps, dialect.key_in)
+        if isinstance(app, Answer):
+            return app
         if not events:
             return dialect.stored
         reply = self._append(events, dialect, request, upstream, app)
@@ -166,9 +168,14 @@ def _stored(
         outcomes = committed.result()
     except OutboxError as exc:
         return refuse_for(exc)
-    for event, appended in zip(events, outcomes, strict=True):
-        if appended is Appended.CONFLICTING:
-            log.warning("event.conflicting", message_id=event.message_id)
+    conflicting = [
+        event.message_id
+        for event, appended in zip(events, outcomes, strict=True)
+        if appended is Appended.CONFLICTING
+    ]
+    if conflicting:
+        # One line for a request: a batch may have tens of thousands, and all others would wait.
+        log.warning("event.conflicting", message_id=conflicting[0], events=len(conflicting))
     return dialect.stored if Appended.STORED in outcomes else dialect.replayed
 
 

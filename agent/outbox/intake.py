@@ -85,10 +85,10 @@ class Intake:
     def append(self, events: Sequence[Event]) -> asyncio.Future[list[Appended]]:
         """Queue *events*. Raises `OutboxOverloadedError`."""
         body_bytes = sum(len(event.body) for event in events)
-        crowded = (
-            self._events + len(events) > QUEUE_EVENTS or self._bytes + body_bytes > QUEUE_BYTES
-        )
-        if crowded and self._events:  # one batch may have more: alone it gets in
+        # A batch that never fits gets in beside what does: to be alone it would have to wait for ever.
+        oversized = len(events) > QUEUE_EVENTS or body_bytes > QUEUE_BYTES
+        events_more, bytes_more = (1, 1) if oversized else (len(events), body_bytes)
+        if self._events + events_more > QUEUE_EVENTS or self._bytes + bytes_more > QUEUE_BYTES:
             raise OutboxOverloadedError(
                 f"{self._events} events wait to be stored already"
                 f" (at most {QUEUE_EVENTS}, {QUEUE_BYTES} bytes); send again shortly"

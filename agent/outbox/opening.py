@@ -42,6 +42,8 @@ class Opening:
         """Whether events of a damaged database are still to come back: nothing may overtake them."""
         self.unsalvaged: list[str] = []
         """The names of these databases."""
+        self.tokens_unread: set[str] = set()
+        """Those of them that may hold tokens of apps which are not known here yet."""
         self.damaged = asyncio.Event()
         """Set when there is something to salvage."""
         self._path = path
@@ -50,6 +52,8 @@ class Opening:
         self._db: Database | None = None
         self._first = True
         self._last_seq = 0
+        self._withdrawn = 0
+        """Of the connections before this one."""
         self._contradictions = 0
 
     @property
@@ -61,6 +65,11 @@ class Opening:
         if self._db is None:
             raise AssertionError("the writer is used outside its life")
         return self._db
+
+    @property
+    def withdrawn(self) -> int:
+        """How many pending events were evicted or expired in this life; it never falls."""
+        return self._withdrawn + (0 if self._db is None else self._db.withdrawn)
 
     async def open(self) -> None:
         """Open, recover and migrate the database. Raises `OutboxError` if it cannot be used.
@@ -119,12 +128,14 @@ class Opening:
         self.unsalvaged = await self.database.transact(
             lambda store: restore.note_sets(store, names, now_ms=now_ms, floor=floor)
         )
+        self.tokens_unread = set(self.unsalvaged)
         self.rescuing = bool(self.unsalvaged)
         if self.rescuing:
             self.damaged.set()
 
     def salvaged(self, name: str) -> None:
         """Nothing more comes out of the damaged database *name*."""
+        self.tokens_unread.discard(name)
         self.unsalvaged = [other for other in self.unsalvaged if other != name]
         self.rescuing = bool(self.unsalvaged)
 
@@ -143,6 +154,7 @@ class Opening:
         try:
             if db is not None:
                 self._last_seq = db.last_seq
+                self._withdrawn += db.withdrawn
                 await db.close()
         except sqlite3.Error as exc:
             log.warning("outbox.close_failed", path=str(self._path), error=str(exc))

@@ -241,6 +241,9 @@ class Receipt:
 Label = Annotated[str, msgspec.Meta(min_length=1)]
 """What people call an upstream; empty would be the default one, which has a name here."""
 
+_Given = Annotated[str, msgspec.Meta(min_length=1)]
+"""Empty is no condition that anybody means: of an app it would select the events of none."""
+
 _Instant = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 """Unix ms; SQLite knows no larger integer."""
 
@@ -263,10 +266,10 @@ class Selection(
 
     message_ids: tuple[str, ...] = ()
     upstream: Label | None = None
-    app: str | None = None
-    event: str | None = None
-    user: str | None = None
+    app: _Given | None = None
+    event: _Given | None = None
+    user: _Given | None = None
     reason: Reason | None = None
-    text: str | None = None
+    text: _Given | None = None
     accepted_before_ms: _Instant | None = None
     accepted_after_ms: _Instant | None = None

@@ -73,6 +73,7 @@ async def _read_back(writer: Writer, name: str) -> dict[str, int]:
         found = await asyncio.to_thread(stack.enter_context, survey(path))
         # First, for as long as they are not known apps are told to come again.
         await _patiently(writer, partial(restore.put_back_apps, apps=found.report.apps))
+        writer.tokens_read(name)
         rows = found.rows()
         while chunk := await asyncio.to_thread(_chunk, rows):
             await _patiently(writer, partial(restore.put_back, name=name, survivors=chunk))

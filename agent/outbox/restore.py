@@ -136,7 +136,7 @@ def put_back_apps(store: Store, apps: Sequence[App]) -> None:
     """
     for old in apps:
         new = store.apps.get(old.name)
-        if new is None or new.token_digest is None or new.created_ms < old.created_ms:
+        if new is None or _is_later(old, new):
             app = new or App(name=old.name, token_digest=None, created_ms=old.created_ms)
             store.apps.put(
                 replace(
@@ -146,6 +146,16 @@ def put_back_apps(store: Store, apps: Sequence[App]) -> None:
                     revoked_ms=old.revoked_ms,
                 )
             )
+
+
+def _is_later(old: App, new: App) -> bool:
+    """Return whether what *old* has of a token was written after what *new* has.
+
+    It can be, where a second database was damaged before the first one was read back.
+    """
+    if new.token_digest is None or new.created_ms != old.created_ms:
+        return new.token_digest is None or new.created_ms < old.created_ms
+    return new.revoked_ms is None and old.revoked_ms is not None
 
 
 def put_back(store: Store, name: str, survivors: Sequence[Survivor]) -> None:

@@ -11,8 +11,9 @@ Decides inside the writer's transaction, so that what settlements free counts at
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import structlog
@@ -109,32 +110,42 @@ class Room:
     ) -> list[OutboxFullError | None]:
         """Return for each call why its events are refused; None: they may be stored."""
         taken: Counter[str] = Counter()
+        tight = self._tight(store, calls)
         # First: nothing is discarded to make room for what is refused all the same.
-        over = [self._over_quota(store, events, taken) for events in calls]
+        over = [self._over_quota(store, events, taken, tight) for events in calls]
         others = [events for events, refusal in zip(calls, over, strict=True) if refusal is None]
         verdicts = iter(self._judge_room(store, others) if others else ())
         return [next(verdicts) if refusal is None else refusal for refusal in over]
 
+    def _tight(self, store: Store, calls: Sequence[Sequence[Event]]) -> set[str]:
+        """Return the apps whose quotas have no room for all of *calls*, were they all new."""
+        return {
+            name
+            for name, wanted_bytes in _wanted(chain.from_iterable(calls)).items()
+            if (max_bytes := self._policy.quotas.of(name)) is not None
+            and store.apps.held_bytes(name) + wanted_bytes > max_bytes
+        }
+
     def _over_quota(
-        self, store: Store, events: Sequence[Event], taken: Counter[str]
+        self, store: Store, events: Sequence[Event], taken: Counter[str], tight: set[str]
     ) -> AppQuotaError | None:
         """Return the refusal that the quota of an app means; else count its events as *taken*."""
-        wanted: Counter[str] = Counter()
-        for event in events:
-            if event.app:
-                wanted[event.app] += _footprint([event])
+        if not tight:
+            return None
+        if any(event.app in tight for event in events):  # what is known takes no room
+            events = store.unknown(events)
+        wanted = _wanted(events)
         for name, wanted_bytes in wanted.items():
             max_bytes = self._policy.quotas.of(name)
             held_bytes = store.apps.held_bytes(name) + taken[name]
             if max_bytes is None or held_bytes + wanted_bytes <= max_bytes:
                 continue
-            if not store.knows_all(events):
-                return AppQuotaError(
-                    f"app {name}: the outbox holds {held_bytes} of the {max_bytes} bytes that it may,"
-                    f" and {wanted_bytes} more do not fit; send again when some of its events were"
-                    f" delivered or discarded, or raise max_size of [apps.{name}] or"
-                    " outbox.max_size_per_app"
-                )
+            return AppQuotaError(
+                f"app {name}: the outbox holds {held_bytes} of the {max_bytes} bytes that it may,"
+                f" and {wanted_bytes} more do not fit; send again when some of its events were"
+                f" delivered or discarded, or raise max_size of [apps.{name}] or"
+                " outbox.max_size_per_app"
+            )
         taken.update(wanted)
         return None
 
@@ -198,6 +209,15 @@ class Room:
         self._forgotten += forgotten
         self._evicted += evicted
         return forgotten + evicted
+
+
+def _wanted(events: Iterable[Event]) -> Counter[str]:
+    """Return the bytes that *events* would take, by their apps."""
+    wanted: Counter[str] = Counter()
+    for event in events:
+        if event.app:
+            wanted[event.app] += _footprint([event])
+    return wanted
 
 
 def _footprint(events: Sequence[Event]) -> int:

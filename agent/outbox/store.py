@@ -353,6 +353,11 @@ class Store:
         ids = {id_of(event.upstream, event.message_id) for event in events}
         return len(self.ids.find(ids)) == len(ids)
 
+    def unknown(self, events: Sequence[Event]) -> list[Event]:
+        """Return those whose id is not known yet."""
+        known = self.ids.find({id_of(event.upstream, event.message_id) for event in events})
+        return [event for event in events if id_of(event.upstream, event.message_id) not in known]
+
     def settle(self, settlements: Iterable[Settlement], *, now_ms: int, remember: bool) -> None:
         """Apply what the forwarder decided. Without *remember*, a delivered id is forgotten at once.
 

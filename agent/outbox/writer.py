@@ -145,8 +145,8 @@ class Writer:
 
     @property
     def withdrawn(self) -> int:
-        """How many pending events were evicted or expired since the outbox was opened."""
-        return self.opening.database.withdrawn if self.opening.is_open else 0
+        """How many pending events were evicted or expired in this life of the agent."""
+        return self.opening.withdrawn
 
     @property
     def rescuing(self) -> bool:
@@ -161,9 +161,11 @@ class Writer:
     @property
     def apps(self) -> Mapping[str, App] | None:
         """The apps that are known, by name; None while one may be missing."""
-        if self.rescuing or not self.opening.is_open:
+        opening = self.opening
+        begins_anew = opening.rescuing and self.fault is not None
+        if begins_anew or opening.tokens_unread or not opening.is_open:
             return None
-        return self.opening.database.apps
+        return opening.database.apps
 
     @property
     def operator_key(self) -> str:
@@ -174,6 +176,10 @@ class Writer:
         """A reader met damage: begin anew with an empty database, and salvage the damaged one."""
         self.opening.damage = damage
         self._wake.set()
+
+    def tokens_read(self, name: str) -> None:
+        """The apps' tokens of the damaged database *name* are known again."""
+        self.opening.tokens_unread.discard(name)
 
     def salvaged(self, name: str) -> None:
         """Nothing more comes out of the damaged database *name*."""

@@ -291,8 +291,13 @@ def _app(values: Sequence[Value]) -> App | None:
     sound = (
         bool(app.name)
         and _is_name(app.name)
-        and (app.token_digest is None or len(app.token_digest) == TOKEN_DIGEST_BYTES)
+        and (
+            app.revoked_ms is None
+            if app.token_digest is None
+            else len(app.token_digest) == TOKEN_DIGEST_BYTES
+        )
         and app.accepted == kept
+        and min(app.delivered, app.pending, app.dead, app.discarded, app.body_bytes) >= 0
     )
     return app if sound else None
 
