@@ -49,7 +49,7 @@ from agent.outbox.reader import open_own_reader
 from agent.outbox.records import Ledger, Retention
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.upkeep import keep_up
-from agent.outbox.writer import Policy, Writer, open_writer
+from agent.outbox.writer import Writer, open_writer
 from agent.rereading import LOOK_S, Rereading, stamps
 from agent.settings import Settings
 from agent.systemd import Notifier, WatchdogGate, inherited_sockets, watchdog_interval_s
@@ -81,7 +81,9 @@ async def run(
     _obey_signals(interrupted, told)
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
-        writer = await enter(open_writer(settings.outbox.path, _policy(settings), clock))
+        writer = await enter(
+            open_writer(settings.outbox.path, translation.policy(settings, quotas(settings)), clock)
+        )
         # People's searches have a connection of their own: they must not hold up delivery.
         searcher = await enter(open_own_reader(settings.outbox.path, on_damage=writer.suspect))
         ledger = await searcher.ledger()
@@ -228,7 +230,7 @@ class _Parts:
     async def adopt(self, loaded: Loaded) -> None:
         self.settings = settings = loaded.settings
         self.log_as(settings)  # first: it masks the new key
-        self.writer.adopt(_policy(settings))
+        self.writer.adopt(translation.policy(settings, quotas(settings)))
         self.guard.adopt(translation.guard(loaded))
         self.routes.terms = translation.terms(loaded)
         self.routes.callers = translation.callers(loaded)
@@ -254,15 +256,6 @@ class _Parts:
 
 
 # --- what is made of settings ---
-
-
-def _policy(settings: Settings) -> Policy:
-    return Policy(
-        max_bytes=int(settings.outbox.max_size),
-        evicts=settings.outbox.when_full == "drop_oldest",
-        remember=settings.outbox.delivered_retention > 0,
-        quotas=quotas(settings),
-    )
 
 
 def _routes(loaded: Loaded, writer: Writer, clock: Clock, control: Control) -> Routes:

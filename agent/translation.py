@@ -17,7 +17,7 @@ from agent.forward.plan import Plan, Target
 from agent.ingest.callers import Callers
 from agent.ingest.destinations import Destinations
 from agent.ingest.guard import Guard
-from agent.outbox.records import Retention
+from agent.outbox.records import Policy, Quotas, Retention
 from agent.redaction import MACHINE_ID, added_by, refinement
 from agent.settings import Settings
 from agent.units import time_window
@@ -50,6 +50,16 @@ def destinations(
     kept = {digest: name for digest, name in app_keys.items() if name in names}
     left = {digest: name for digest, name in kept.items() if name not in loaded.app_keys.values()}
     return Destinations(names, {**left, **loaded.app_keys}, loaded.unknown_app_keys)
+
+
+def policy(settings: Settings, quotas: Quotas) -> Policy:
+    """Return what the outbox may hold, of each app as *quotas* say, and what gives way."""
+    return Policy(
+        max_bytes=int(settings.outbox.max_size),
+        evicts=settings.outbox.when_full == "drop_oldest",
+        remember=settings.outbox.delivered_retention > 0,
+        quotas=quotas,
+    )
 
 
 def guard(loaded: Loaded) -> Guard:

@@ -17,8 +17,8 @@ import uvloop
 from agent.clock import SystemClock
 from agent.contract import read_event
 from agent.event import Event
-from agent.outbox.records import Appended
-from agent.outbox.writer import Policy, Writer, open_writer
+from agent.outbox.records import Appended, Policy
+from agent.outbox.writer import Writer, open_writer
 from benchmarks import events
 from benchmarks.machine import MIB
 from benchmarks.processes import DEAD, FigureError, ask, say_result

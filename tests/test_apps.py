@@ -51,12 +51,12 @@ from agent.ingest.guard import Guard
 from agent.ingest.sockets import bind_unix
 from agent.observe.logs import Redactor
 from agent.outbox.reader import Reader, open_own_reader
-from agent.outbox.records import Ack, App, Appended, Bury, Quotas, Selection
+from agent.outbox.records import Ack, App, Appended, Bury, Policy, Quotas, Selection
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.salvage import survey
 from agent.outbox.salvage.rows import Table, row_of
 from agent.outbox.store import Store
-from agent.outbox.writer import Policy, Writer, open_writer
+from agent.outbox.writer import Writer, open_writer
 from agent.units import token_digest
 
 APPS = "/api/public/apps/"

@@ -34,8 +34,8 @@ from agent.console.status import OutboxStatus, Status
 from agent.contract import read_event
 from agent.errors import AgentError, ConfigError
 from agent.outbox.reader import open_own_reader, open_reader
-from agent.outbox.records import Ack, Bury, Ledger, Selection
-from agent.outbox.writer import Policy, Writer, open_writer
+from agent.outbox.records import Ack, Bury, Ledger, Policy, Selection
+from agent.outbox.writer import Writer, open_writer
 
 KEY = "a-key-that-nobody-may-see"
 

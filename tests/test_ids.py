@@ -13,8 +13,8 @@ from agent.event import Event
 from agent.outbox import ids
 from agent.outbox.ids import id_hash
 from agent.outbox.reader import open_own_reader
-from agent.outbox.records import Ack, Appended, Bury, Selection
-from agent.outbox.writer import Policy, open_writer
+from agent.outbox.records import Ack, Appended, Bury, Policy, Selection
+from agent.outbox.writer import open_writer
 
 POLICY = Policy(max_bytes=1 << 30, evicts=False, remember=True)
 FORGETFUL = Policy(max_bytes=1 << 30, evicts=False, remember=False)

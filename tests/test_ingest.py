@@ -30,8 +30,9 @@ from agent.ingest.routes import Routes
 from agent.ingest.server import serving
 from agent.ingest.turns import WAITING_BYTES, Turns
 from agent.outbox.intake import QUEUE_EVENTS
+from agent.outbox.records import Policy
 from agent.outbox.store import Store
-from agent.outbox.writer import Policy, Writer, open_writer
+from agent.outbox.writer import Writer, open_writer
 
 TRACK = "/api/public/apps/track"
 BATCH = "/api/public/apps/batch"

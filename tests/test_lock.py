@@ -15,7 +15,8 @@ from agent.clock import SystemClock
 from agent.errors import OutboxLockedError
 from agent.outbox import files, lock
 from agent.outbox.reader import open_reader
-from agent.outbox.writer import Policy, open_writer
+from agent.outbox.records import Policy
+from agent.outbox.writer import open_writer
 
 POLICY = Policy(max_bytes=1 << 30, evicts=False, remember=True)
 
@@ -23,7 +24,8 @@ OWNER = """
 import asyncio, sys
 from pathlib import Path
 from agent.clock import SystemClock
-from agent.outbox.writer import Policy, open_writer
+from agent.outbox.records import Policy
+from agent.outbox.writer import open_writer
 
 async def main():
     policy = Policy(max_bytes=1 << 30, evicts=False, remember=True)

@@ -40,9 +40,9 @@ from agent.event import Event
 from agent.outbox import schema
 from agent.outbox.intake import QUEUE_BYTES, QUEUE_EVENTS
 from agent.outbox.reader import Reader, open_own_reader, open_reader
-from agent.outbox.records import Ack, Appended, Bury, Ledger, Selection
+from agent.outbox.records import Ack, Appended, Bury, Ledger, Policy, Selection
 from agent.outbox.store import Store
-from agent.outbox.writer import Policy, Writer, open_writer
+from agent.outbox.writer import Writer, open_writer
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 10.0
@@ -860,7 +860,8 @@ import asyncio, sys
 from pathlib import Path
 from agent.clock import SystemClock
 from agent.errors import OutboxError
-from agent.outbox.writer import Policy, open_writer
+from agent.outbox.records import Policy
+from agent.outbox.writer import open_writer
 
 async def main():
     policy = Policy(max_bytes=1 << 30, evicts=False, remember=True)

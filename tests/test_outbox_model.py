@@ -43,6 +43,7 @@ from agent.outbox.records import (
     Appended,
     Bury,
     Ledger,
+    Policy,
     Quotas,
     Reason,
     Receipt,
@@ -52,7 +53,7 @@ from agent.outbox.records import (
     State,
 )
 from agent.outbox.store import Store
-from agent.outbox.writer import Policy, Writer, open_writer
+from agent.outbox.writer import Writer, open_writer
 
 T = TypeVar("T")
 

@@ -36,9 +36,9 @@ from agent.ingest.guard import Guard
 from agent.ingest.routes import Mount, Routes
 from agent.ingest.server import serving
 from agent.outbox.reader import Reader, open_own_reader
-from agent.outbox.records import Ack, Bury, Head, Receipt
+from agent.outbox.records import Ack, Bury, Head, Policy, Receipt
 from agent.outbox.waiters import WAITERS
-from agent.outbox.writer import Policy, Writer, open_writer
+from agent.outbox.writer import Writer, open_writer
 
 DEADLINE_S = 30.0
 

@@ -21,9 +21,9 @@ from agent.event import Event
 from agent.outbox import aside
 from agent.outbox.files import lock_of
 from agent.outbox.reader import Reader, open_own_reader
-from agent.outbox.records import Ack, Appended
+from agent.outbox.records import Ack, Appended, Policy
 from agent.outbox.rescue import salvage_damaged
-from agent.outbox.writer import Policy, Writer, open_writer
+from agent.outbox.writer import Writer, open_writer
 
 POLICY = Policy(max_bytes=1 << 30, evicts=False, remember=True)
 

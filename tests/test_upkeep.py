@@ -11,9 +11,9 @@ from outboxes import used_bytes
 
 from agent.event import Event
 from agent.outbox.reader import Reader, open_own_reader
-from agent.outbox.records import Ack, Appended, Receipt, Retention, Selection
+from agent.outbox.records import Ack, Appended, Policy, Receipt, Retention, Selection
 from agent.outbox.upkeep import tend
-from agent.outbox.writer import Policy, Writer, open_writer
+from agent.outbox.writer import Writer, open_writer
 
 DAY_S = 86_400.0
 WEEK = Retention(max_age_s=None, delivered_s=7 * DAY_S)

@@ -41,11 +41,11 @@ from agent.keys import example
 from agent.outbox import reader as reading
 from agent.outbox import schema
 from agent.outbox.reader import Reader, open_own_reader
-from agent.outbox.records import Ack, App, Appended, Bury, Selection
+from agent.outbox.records import Ack, App, Appended, Bury, Policy, Selection
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.salvage import surviving
 from agent.outbox.store import Store
-from agent.outbox.writer import Policy, Writer, open_writer
+from agent.outbox.writer import Writer, open_writer
 from agent.units import MASK
 
 POLICY = Policy(max_bytes=1 << 30, evicts=False, remember=True)

@@ -38,9 +38,9 @@ from agent.errors import AgentError, OutboxError
 from agent.observe import logs
 from agent.outbox import lock
 from agent.outbox.reader import Reader, open_own_reader, open_reader
-from agent.outbox.records import Receipt, Selection, State, label, unlabel
+from agent.outbox.records import Policy, Receipt, Selection, State, label, unlabel
 from agent.outbox.store import Store
-from agent.outbox.writer import Policy, Writer, open_writer
+from agent.outbox.writer import Writer, open_writer
 
 _PAGE = 100
 """Events read at once: bodies have up to 5 MiB, and the machine may be small."""

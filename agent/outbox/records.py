@@ -195,6 +195,19 @@ class Retention:
     delivered_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What the operator configured. *max_bytes* bounds the database; *remember* keeps delivered ids.
+
+    *quotas* bounds what it holds of each app.
+    """
+
+    max_bytes: int
+    evicts: bool
+    remember: bool
+    quotas: Quotas = field(default_factory=Quotas)
+
+
 def app_of(columns: Sequence[Any]) -> App:
     """Return an app by the columns of its row, in their order."""
     return App(**dict(zip(App.__slots__, columns, strict=True)))

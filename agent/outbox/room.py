@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import structlog
 from agent.clock import Clock
 from agent.errors import AppQuotaError, OutboxFullError
 from agent.event import Event
-from agent.outbox.records import EVENT_OVERHEAD_BYTES, Appended, Quotas
+from agent.outbox.records import EVENT_OVERHEAD_BYTES, Appended, Policy
 from agent.outbox.reserve import Reserve
 from agent.outbox.store import Space, Store
 
@@ -36,19 +35,6 @@ Results = list[list[Appended] | OutboxFullError]
 """What became of the events of each call, or why it was refused."""
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """What the operator configured. *max_bytes* bounds the database; *remember* keeps delivered ids.
-
-    *quotas* bounds what it holds of each app.
-    """
-
-    max_bytes: int
-    evicts: bool
-    remember: bool
-    quotas: Quotas = field(default_factory=Quotas)
 
 
 class Room:

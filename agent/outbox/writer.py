@@ -39,8 +39,8 @@ from agent.outbox import database, files, lock
 from agent.outbox.intake import Group, Intake, Perform, refuse, reject, resolve
 from agent.outbox.news import News
 from agent.outbox.opening import Opening
-from agent.outbox.records import App, Appended, Retry, Settlement
-from agent.outbox.room import Policy, Results, Room
+from agent.outbox.records import App, Appended, Policy, Retry, Settlement
+from agent.outbox.room import Results, Room
 from agent.outbox.store import Store
 from agent.outbox.waiters import Waiters
 

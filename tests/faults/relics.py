@@ -31,9 +31,9 @@ from agent.contract import read_event
 from agent.event import Event
 from agent.outbox import schema
 from agent.outbox.reader import open_reader
-from agent.outbox.records import Ack, Bury, Reason, Retry, Selection, State
+from agent.outbox.records import Ack, Bury, Policy, Reason, Retry, Selection, State
 from agent.outbox.store import Store
-from agent.outbox.writer import Policy, Writer, open_writer
+from agent.outbox.writer import Writer, open_writer
 
 FOLDER = Path(__file__).parent / "schemas"
 

@@ -23,8 +23,8 @@ import msgspec
 from agent.clock import SystemClock
 from agent.contract import read_event
 from agent.event import Event
-from agent.outbox.records import Ack, Bury, Retry
-from agent.outbox.writer import Policy, open_writer
+from agent.outbox.records import Ack, Bury, Policy, Retry
+from agent.outbox.writer import open_writer
 
 _NOW_MS = 1_800_000_000_000
 

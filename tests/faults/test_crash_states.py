@@ -26,7 +26,8 @@ from faults.syscalls import Opened, Operation, Resized, Sent, Synced, Unlinked, 
 from agent.clock import SystemClock
 from agent.contract import read_event
 from agent.errors import OutboxError
-from agent.outbox.writer import Policy, open_writer
+from agent.outbox.records import Policy
+from agent.outbox.writer import open_writer
 
 SEED = 20261123
 

@@ -25,7 +25,8 @@ from agent.clock import SystemClock
 from agent.console.sandbox import DEFAULT_WRITE_KEY, Arrival, Sandbox
 from agent.outbox import schema
 from agent.outbox.aside import count_sets
-from agent.outbox.writer import Policy, open_writer
+from agent.outbox.records import Policy
+from agent.outbox.writer import open_writer
 
 VERSIONS = range(1, schema.VERSION + 1)
 
