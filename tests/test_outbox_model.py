@@ -923,7 +923,7 @@ def test_the_outbox_is_what_its_model_says(machine: type[OutboxMachine]) -> None
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=EXAMPLES or 25,
+            max_examples=EXAMPLES or 20,
             stateful_step_count=25,
             derandomize=not EXAMPLES,
             database=None,
