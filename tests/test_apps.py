@@ -300,6 +300,15 @@ RATION = Policy(
 )
 
 
+async def test_what_is_larger_than_a_quota_is_not_told_to_come_again(tmp_path: Path) -> None:
+    async with opened(tmp_path / "outbox.db", RATION) as (writer, _):
+        with pytest.raises(AppQuotaError, match="they never will: send less at once, or raise"):
+            await writer.append([event("pos-1", "pos", filler="x" * 6000)])
+        await writer.append([event("pos-2", "pos", filler="x" * 3000)])
+        with pytest.raises(AppQuotaError, match="send again when some of its events were"):
+            await writer.append([event("pos-3", "pos", filler="x" * 3000)])
+
+
 async def test_an_app_over_its_quota_is_refused_and_others_are_not(tmp_path: Path) -> None:
     async with opened(tmp_path / "outbox.db", RATION) as (writer, _):
         await writer.append([event("pos-1", "pos", filler="x" * 3000)])

@@ -126,11 +126,15 @@ class Room:
             held_bytes = store.apps.held_bytes(name) + taken[name]
             if max_bytes is None or held_bytes + wanted_bytes <= max_bytes:
                 continue
+            remedy = (
+                "send again when some of its events were delivered or discarded"
+                if wanted_bytes <= max_bytes
+                else "they never will: send less at once"
+            )
             return AppQuotaError(
                 f"app {name}: the outbox holds {held_bytes} of the {max_bytes} bytes that it may,"
-                f" and {wanted_bytes} more do not fit; send again when some of its events were"
-                f" delivered or discarded, or raise max_size of [apps.{name}] or"
-                " outbox.max_size_per_app"
+                f" and {wanted_bytes} more do not fit; {remedy}, or raise max_size of [apps.{name}]"
+                " or outbox.max_size_per_app"
             )
         taken.update(wanted)
         return None
