@@ -1,4 +1,4 @@
-"""How forwarding to one upstream stands, as the forwarder says it and people are told. A value."""
+"""How forwarding to one upstream stands, and what one event waits for: values that people are told."""
 
 from __future__ import annotations
 
@@ -25,3 +25,28 @@ class Flow:
     limit: float
     parked_users: int
     ambiguous: int
+
+
+WaitsFor = Literal[
+    "answer", "turn", "predecessor", "backoff", "hold", "budget", "resume", "upstream", "agent"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """What a pending event *waits_for*.
+
+    answer: it was sent, and what becomes of it is not recorded yet. turn: others go first.
+    predecessor: an event of the same user that fails. backoff: an outage, or its own failure. hold: a
+    person who mends something. budget: a window or a limit. resume: the end of a pause.
+    upstream: a configuration. agent: no agent runs, as only the command can say.
+
+    *reason* is for people, empty where there is nothing to say. *next_attempt_in_s* is when time alone
+    ends the wait. *last_error* is what came of the last attempt at this very event, as far as this
+    life of the agent knows.
+    """
+
+    waits_for: WaitsFor
+    reason: str = ""
+    next_attempt_in_s: float | None = None
+    last_error: str | None = None

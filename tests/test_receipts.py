@@ -24,10 +24,10 @@ from processes import AgentProcess, running_agent
 
 from agent.clock import SystemClock
 from agent.console.control import PREFIX, Control
-from agent.console.receipts import WAIT_MAX_S, Unattended, Wait, wait_s
+from agent.console.receipts import WAIT_MAX_S, wait_s
 from agent.console.sandbox import DEFAULT_WRITE_KEY, Fault, Sandbox
 from agent.contract import read_event
-from agent.flow import Flow
+from agent.flow import Flow, Wait
 from agent.forward.claims import Claim
 from agent.forward.lanes import Lanes, Place
 from agent.forward.waits import wait_of
@@ -312,7 +312,7 @@ class StoppedLink:
         raise NotImplementedError
 
     def wait_of(self, seq: int, lane: int) -> Wait:
-        return Unattended("turn", "")
+        return Wait(waits_for="turn")
 
 
 class Between:

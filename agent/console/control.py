@@ -31,8 +31,6 @@ from agent.console.messages import (
 )
 from agent.console.receipts import (
     WAIT_MAX_S,
-    Unattended,
-    Wait,
     receipt_view,
     unknown,
     view,
@@ -41,7 +39,7 @@ from agent.console.receipts import (
 from agent.console.status import Standing, Status, collect
 from agent.errors import OutboxError, OutboxUnavailableError
 from agent.exchange import Answer, Request, answer_json, refuse
-from agent.flow import Flow
+from agent.flow import Flow, Wait
 from agent.outbox.reader import Reader
 from agent.outbox.records import Quotas, Receipt, Selection, label, unlabel
 from agent.outbox.refusals import RETRY_UNAVAILABLE_S, refuse_for
@@ -277,9 +275,8 @@ class Control:
     def _wait_of(self, receipt: Receipt) -> Wait:
         link = self._links.get(receipt.upstream)
         if link is None or receipt.lane is None:
-            return Unattended(
-                "upstream", f"the configuration has no [upstreams.{receipt.upstream}] any more"
-            )
+            gone = f"the configuration has no [upstreams.{receipt.upstream}] any more"
+            return Wait(waits_for="upstream", reason=gone)
         return link.wait_of(receipt.seq, receipt.lane)
 
     async def _requeue(self, request: Request) -> Answer:

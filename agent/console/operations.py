@@ -32,9 +32,10 @@ from agent.console.daemon_client import (
     DaemonSilentError,
     open_client,
 )
-from agent.console.receipts import WAIT_MAX_S, ReceiptView, Unattended, receipt_view
+from agent.console.receipts import WAIT_MAX_S, ReceiptView, receipt_view
 from agent.console.status import OutboxStatus, Report, Standing, Status, Unreadable, collect
 from agent.errors import AgentError, OutboxError
+from agent.flow import Wait
 from agent.observe import logs
 from agent.outbox import lock
 from agent.outbox.reader import Reader, open_own_reader, open_reader
@@ -175,7 +176,7 @@ async def receipts(
             if wait_s:
                 raise
             refused = exc
-    alone = Unattended("agent", "no agent runs here that answers")
+    alone = Wait(waits_for="agent", reason="no agent runs here that answers")
     async with _reading(await _outbox_path(loaded)) as reader:
         known = await reader.receipts(message_id)
     if refused is not None and not known:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from agent.event import rfc3339
 from agent.exchange import Refusal
+from agent.flow import Wait, WaitsFor
 from agent.outbox.records import Reason, Receipt, State, label
 from agent.units import Seconds
 
@@ -18,12 +18,6 @@ WAIT_MAX_S = 60.0
 """How long one request may wait for an event: less than clients and what stands in between allow."""
 
 UNKNOWN_EVENT = "AGENT_UNKNOWN_EVENT"
-
-WaitsFor = Literal[
-    "answer", "turn", "predecessor", "backoff", "hold", "budget", "resume", "upstream", "agent"
-]
-"""The last one is said by the command alone: no agent runs."""
-
 
 Instant = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
 """RFC 3339, in UTC, to the millisecond."""
@@ -71,29 +65,6 @@ class UnknownView(Refusal, frozen=True, kw_only=True, rename="camel"):
 
     message_id: str
     state: Literal["unknown"] = "unknown"
-
-
-class Wait(Protocol):
-    """What the daemon's forwarder says of a pending event."""
-
-    @property
-    def waits_for(self) -> WaitsFor: ...
-    @property
-    def reason(self) -> str: ...
-    @property
-    def next_attempt_in_s(self) -> float | None: ...
-    @property
-    def last_error(self) -> str | None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Unattended:
-    """The wait of an event that no forwarder looks after."""
-
-    waits_for: WaitsFor
-    reason: str
-    next_attempt_in_s: float | None = None
-    last_error: str | None = None
 
 
 def view(receipt: Receipt) -> EventView:

@@ -22,9 +22,10 @@ from rich.text import Text
 from agent.console.apps import AppStatus
 from agent.console.diagnosis import Level, count, duration, findings, level
 from agent.console.invocation import printable, printable_json
-from agent.console.receipts import ReceiptView, WaitsFor
+from agent.console.receipts import ReceiptView
 from agent.console.receipts import view as event_view
 from agent.console.status import NEARLY_FULL, Report, Status, Unreadable
+from agent.flow import WaitsFor
 from agent.outbox.records import Receipt, State
 from agent.settings import DEFAULT_UPSTREAM
 

@@ -21,7 +21,7 @@ import structlog
 
 from agent.clock import Clock
 from agent.errors import OutboxError
-from agent.flow import Flow, FlowState
+from agent.flow import Flow, FlowState, Wait
 from agent.forward import gate
 from agent.forward.batch import MAX_BATCH_BYTES, envelope
 from agent.forward.breaker import Breaker, Closed, Ticket
@@ -47,7 +47,7 @@ from agent.forward.supply import Supply
 from agent.forward.tally import Tally
 from agent.forward.trials import Trials
 from agent.forward.upstream import Endpoint, Upstream
-from agent.forward.waits import Wait, wait_of
+from agent.forward.waits import wait_of
 from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, Bury, Retry, Settlement
 from agent.outbox.writer import Writer

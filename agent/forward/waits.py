@@ -5,35 +5,8 @@ Found in the lanes when somebody asks, not kept: an event that nobody asks about
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-from agent.flow import Flow
+from agent.flow import Flow, Wait, WaitsFor
 from agent.forward.lanes import Place
-
-WaitsFor = Literal[
-    "answer", "turn", "predecessor", "backoff", "hold", "budget", "resume", "upstream"
-]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wait:
-    """What a pending event *waits_for*.
-
-    answer: it was sent, and what becomes of it is not recorded yet. turn: others go first.
-    predecessor: an event of the same user that fails. backoff: an outage, or its own failure. hold: a
-    person who mends something. budget: a window or a limit. resume: the end of a pause.
-    upstream: a configuration.
-
-    *reason* is for people, empty where there is nothing to say. *next_attempt_in_s* is when time alone
-    ends the wait. *last_error* is what came of the last attempt at this very event, as far as this
-    life of the agent knows.
-    """
-
-    waits_for: WaitsFor
-    reason: str
-    next_attempt_in_s: float | None
-    last_error: str | None
 
 
 def wait_of(flow: Flow, place: Place, *, sent: bool, last_error: str | None, now_s: float) -> Wait:
