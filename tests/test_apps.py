@@ -44,7 +44,7 @@ from agent.errors import (
     OutboxFullError,
 )
 from agent.event import Event
-from agent.exchange import Answer, Request
+from agent.exchange import Answer
 from agent.ingest.callers import Callers
 from agent.ingest.destinations import Destinations
 from agent.ingest.guard import Guard
@@ -117,11 +117,6 @@ def by_name(*apps: App) -> dict[str, App]:
     return {it.name: it for it in apps}
 
 
-def request(authorization: str | None = None, peer: int | None = None) -> Request:
-    headers = {} if authorization is None else {"authorization": authorization}
-    return Request(method="POST", path=TRACK, query={}, headers=headers, body=b"{}", peer=peer)
-
-
 def refusal(answer: str | Answer) -> dict[str, Any]:
     assert isinstance(answer, Answer), answer
     said: dict[str, Any] = json.loads(answer.body)
@@ -141,31 +136,25 @@ def basic(text: str) -> str:
 )
 def test_a_token_is_found_however_an_app_sends_a_key(authorization: str) -> None:
     apps = by_name(app("other", "tat_other"), app("pos", TOKEN), app("bare"))
-    assert Callers().app_of(request(authorization), apps) == "pos"
-    assert Callers(require_token=True).app_of(request(authorization), apps) == "pos"
+    assert Callers().app_of(authorization, None, apps) == "pos"
+    assert Callers(require_token=True).app_of(authorization, None, apps) == "pos"
 
 
-def test_a_token_may_stand_in_the_body_where_the_head_has_none() -> None:
-    apps = by_name(app("pos", TOKEN))
-    assert Callers().app_of(request(), apps, lambda _: TOKEN) == "pos"
-    assert Callers().app_of(request("Bearer key"), apps, lambda _: TOKEN) == ""
-
-
-@pytest.mark.parametrize("authorization", [None, "", "Bearer key", basic("key:"), basic("a:tat_b")])
+@pytest.mark.parametrize("authorization", ["", "Bearer key", basic("key:"), basic("a:tat_b")])
 def test_a_write_key_is_no_token_and_its_app_nobody_in_particular(
-    authorization: str | None,
+    authorization: str,
 ) -> None:
     apps = by_name(app("pos", TOKEN))
-    assert Callers().app_of(request(authorization), apps) == ""
-    said = refusal(Callers(require_token=True).app_of(request(authorization), apps))
+    assert Callers().app_of(authorization, None, apps) == ""
+    said = refusal(Callers(require_token=True).app_of(authorization, None, apps))
     assert (said["statusCode"], said["code"]) == (401, "AGENT_TOKEN_REQUIRED")
     assert "app add" in said["message"]
 
 
 def test_a_token_that_is_unknown_or_revoked_is_refused_with_what_to_do() -> None:
     apps = by_name(app("pos", TOKEN, revoked=True))
-    revoked = refusal(Callers().app_of(request(f"Bearer {TOKEN}"), apps))
-    unknown = refusal(Callers().app_of(request("Bearer tat_else"), apps))
+    revoked = refusal(Callers().app_of(f"Bearer {TOKEN}", None, apps))
+    unknown = refusal(Callers().app_of("Bearer tat_else", None, apps))
 
     assert (revoked["statusCode"], revoked["code"]) == (401, "AGENT_TOKEN_REVOKED")
     assert "app add pos" in revoked["message"]
@@ -174,25 +163,25 @@ def test_a_token_that_is_unknown_or_revoked_is_refused_with_what_to_do() -> None
 
 
 def test_while_apps_may_be_missing_no_token_is_refused_for_good() -> None:
-    said = refusal(Callers().app_of(request(f"Bearer {TOKEN}"), None))
+    said = refusal(Callers().app_of(f"Bearer {TOKEN}", None, None))
     assert (said["statusCode"], said["code"]) == (503, "AGENT_UNKNOWN_TOKEN")
 
 
 def test_a_user_on_the_socket_is_an_app_unless_a_token_says_another() -> None:
     callers = Callers(users={1001: "pos"}, require_token=True)
     apps = by_name(app("kiosk", TOKEN))
-    assert callers.app_of(request(peer=1001), apps) == "pos"
-    assert callers.app_of(request("Bearer write-key", peer=1001), apps) == "pos"
-    assert callers.app_of(request(f"Bearer {TOKEN}", peer=1001), apps) == "kiosk"
-    assert refusal(callers.app_of(request(peer=1002), apps))["statusCode"] == 401
+    assert callers.app_of("", 1001, apps) == "pos"
+    assert callers.app_of("Bearer write-key", 1001, apps) == "pos"
+    assert callers.app_of(f"Bearer {TOKEN}", 1001, apps) == "kiosk"
+    assert refusal(callers.app_of("", 1002, apps))["statusCode"] == 401
     # A token that is good for nothing is a mistake to be told of, whoever sends it.
-    assert refusal(callers.app_of(request("tat_else", peer=1001), apps))["statusCode"] == 401
+    assert refusal(callers.app_of("tat_else", 1001, apps))["statusCode"] == 401
 
 
 def test_a_token_is_looked_for_among_no_write_keys() -> None:
     destinations = Destinations(("crm",), {}, "a file of keys cannot be read")
-    assert destinations.of_key(request(f"Bearer {TOKEN}")) == ""
-    assert isinstance(destinations.of_key(request("Bearer key")), Answer)
+    assert destinations.of_key(f"Bearer {TOKEN}") == ""
+    assert isinstance(destinations.of_key("Bearer key"), Answer)
 
 
 def test_only_named_users_may_use_the_socket_and_none_named_that_exist_is_nobody() -> None:

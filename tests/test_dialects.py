@@ -17,7 +17,9 @@ from test_ingest import LIMIT_BYTES, Ingest, assert_refused, running
 
 from agent.contract import Terms
 from agent.event import KINDS, Kind
+from agent.exchange import Request
 from agent.ingest.destinations import Destinations
+from agent.ingest.dialect import SEGMENT, UPSTREAM, Dialect
 from agent.units import key_digest
 
 CALLS: dict[Kind, dict[str, Any]] = {
@@ -288,6 +290,25 @@ async def test_the_key_says_which_upstream_in_the_head_or_in_the_body(
     status, _, _ = await ingest.post(encoded(call(type="track"), **envelope), path, **headers)
     assert status in {200, 204}
     assert rows(tmp_path, UPSTREAMS) == [("m1", upstream)]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "header", "key"),
+    [
+        (SEGMENT, None, "in the body"),
+        (SEGMENT, "", "in the body"),
+        (SEGMENT, "Bearer in the head", "Bearer in the head"),
+        (UPSTREAM, None, ""),
+        (UPSTREAM, "Bearer in the head", "Bearer in the head"),
+    ],
+)
+def test_a_key_stands_in_the_head_or_where_the_dialect_has_it(
+    dialect: Dialect, header: str | None, key: str
+) -> None:
+    headers = {} if header is None else {"authorization": header}
+    body = b'{"writeKey": "in the body"}'
+    asked = Request(method="POST", path="/v1/track", query={}, headers=headers, body=body)
+    assert dialect.key_of(asked) == key
 
 
 async def test_the_key_of_a_single_call_may_stand_in_it_and_is_not_stored(

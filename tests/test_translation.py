@@ -8,7 +8,7 @@ from typing import Any
 from agent import translation
 from agent.config.loaded import Loaded
 from agent.config.loading import load
-from agent.exchange import Answer, Request
+from agent.exchange import Answer
 from agent.ingest.destinations import Destinations
 from agent.units import key_digest
 
@@ -24,10 +24,7 @@ def digests(app_keys: dict[str, str]) -> dict[str, str]:
 
 
 def upstream_of(destinations: Destinations, app_key: str) -> str | Answer:
-    headers = {"authorization": app_key}
-    return destinations.of_key(
-        Request(method="POST", path="/", query={}, headers=headers, body=b"")
-    )
+    return destinations.of_key(app_key)
 
 
 def test_apps_of_an_upstream_that_was_taken_out_stay_with_it_until_the_next_start() -> None:

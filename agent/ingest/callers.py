@@ -6,10 +6,10 @@ Pure. Knows digests of tokens, and no token: what an app sent is forgotten with 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from agent.exchange import Answer, Request, refuse
+from agent.exchange import Answer, refuse
 from agent.outbox.records import App
 from agent.units import app_token, token_digest
 
@@ -27,23 +27,17 @@ class Callers:
     users: Mapping[int, str] = field(default_factory=dict)
     require_token: bool = False
 
-    def app_of(
-        self,
-        request: Request,
-        apps: Mapping[str, App] | None,
-        key_in: Callable[[bytes], str] = lambda _: "",
-    ) -> str | Answer:
-        """Return the name of the app that sent *request*, empty for none, or why it may not post.
+    def app_of(self, key: str, peer: int | None, apps: Mapping[str, App] | None) -> str | Answer:
+        """Return the name of the app that sent *key*, empty for none, or why it may not post.
 
-        *apps* are those that have or had a token; None while some may be missing. A token says more
-        than a user: one user may run several apps. Where the head has no key, *key_in* may find one
-        in the body.
+        *peer* is the user who sent it, None where nobody knows. *apps* are those that have or had a
+        token; None while some may be missing. A token says more than a user: one user may run
+        several apps.
         """
-        key = request.headers.get("authorization", "") or key_in(request.body)
         token = app_token(key) if key else None
         if token is not None:
             return _by_token(token, apps)
-        app = "" if request.peer is None else self.users.get(request.peer, "")
+        app = "" if peer is None else self.users.get(peer, "")
         if not app and self.require_token:
             return _unauthorized(
                 "AGENT_TOKEN_REQUIRED",

@@ -6,9 +6,9 @@ Pure. Knows digests of keys, and no key: what an app sent is forgotten with its 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from agent.exchange import Answer, Request, refuse
+from agent.exchange import Answer, refuse
 from agent.outbox.records import label, unlabel
 from agent.units import app_keys, app_token, key_digest
 
@@ -58,16 +58,10 @@ class Destinations:
             )
         return upstream, behind
 
-    def of_key(
-        self, request: Request, key_in: Callable[[bytes], str] = lambda _: ""
-    ) -> str | Answer:
-        """Return the upstream that claims the key in *request*; the default one where none does.
-
-        Where its head has none, *key_in* may find one in its body.
-        """
+    def of_key(self, key: str) -> str | Answer:
+        """Return the upstream that claims the *key* that an app sent; the default one where none does."""
         if not self._digests and not self._unknown:
             return ""
-        key = request.headers.get("authorization", "") or key_in(request.body)
         sent = [] if app_token(key) else app_keys(key)
         for digest in map(key_digest, sent):
             # All are compared, each in constant time: how long it takes tells nothing of them.

@@ -14,7 +14,7 @@ import msgspec
 
 from agent.contract import Terms, Translate
 from agent.event import KINDS, Kind
-from agent.exchange import REPLAYED, STORED, Answer, Taken, answer_json
+from agent.exchange import REPLAYED, STORED, Answer, Request, Taken, answer_json
 from agent.segment import translate
 
 Endpoint = Kind | Literal["batch", "alias"]
@@ -47,12 +47,13 @@ class Dialect:
             return terms
         return replace(terms, translate=self.translate, shared=self.shared)
 
-    def key_in(self, body: bytes) -> str:
-        """Return the write key that the body holds; empty where there is none."""
-        if not self.keyed:
-            return ""
+    def key_of(self, request: Request) -> str:
+        """Return the write key or token in the head of *request*, else in its body; empty for none."""
+        in_head = request.headers.get("authorization", "")
+        if in_head or not self.keyed:
+            return in_head
         try:
-            return _KEYED.decode(body).write_key or ""
+            return _KEYED.decode(request.body).write_key or ""
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return ""  # what is wrong with it is said when it is read
 

@@ -123,7 +123,8 @@ class Guard:
             if behind_prefix(path).startswith(_FOR_PAGES):
                 return None
             return _forbid(
-                f"Origin: {origin[:100]!r} may post events to /api/public/apps/, and nothing else"
+                f"Origin: {origin[:100]!r} may post events to /api/public/apps/ or /v1/, and nothing"
+                " else; ask from a program on this machine"
             )
         return _forbid(
             f"Origin: {origin[:100]!r} may not post here; if the page is yours, add its origin"

@@ -83,7 +83,7 @@ class Routes:
             404,
             "AGENT_NOT_FOUND",
             f"Route {request.method}:{request.path[:200]} not found; events go to POST {APPS}track,"
-            " identify, page, screen, group or batch",
+            " identify, page, screen, group or batch, or to /v1/ as Segment's SDKs send them",
         )
 
     def _take(
@@ -92,7 +92,8 @@ class Routes:
         """Take events for the *upstream* that the path names; None: for the one that the key means."""
         if endpoint == "alias":
             return _NO_ALIAS
-        app = self.callers.app_of(request, self._writer.apps, dialect.key_in)
+        post = _Post(dialect, request, upstream, dialect.key_of(request))
+        app = self._app_of(post)
         if isinstance(app, Answer):
             return app
         content_type = request.headers.get("content-type", "")
@@ -103,7 +104,7 @@ class Routes:
                 f"Content-Type: expected application/json, got {content_type[:100]!r}",
             )
         if endpoint == "batch":
-            return self._take_batch(dialect, request, upstream)
+            return self._take_batch(post)
         terms = dialect.terms(self.terms)
         try:
             event = read_event(
@@ -111,43 +112,38 @@ class Routes:
             )
         except InvalidEventError as exc:
             return refuse(exc.status, exc.code, str(exc))
-        return self._append([event], dialect, request, upstream, app)
+        return self._append([event], post, app)
 
-    async def _take_batch(self, dialect: Dialect, request: Request, upstream: str | None) -> Answer:
+    async def _take_batch(self, post: _Post) -> Answer:
         """Take all events of a batch, or none of them."""
         try:
             events = await self._turns.read(
-                request.body,
+                post.request.body,
                 received_ms=self._clock.wall_ms(),
-                terms=dialect.terms(self.terms),
+                terms=post.dialect.terms(self.terms),
             )
         except InvalidEventError as exc:
             return refuse(exc.status, exc.code, str(exc))
         except OutboxError as exc:
             return refuse_for(exc)
         # Once more: it may have waited for its turn while a token was revoked.
-        app = self.callers.app_of(request, self._writer.apps, dialect.key_in)
+        app = self._app_of(post)
         if isinstance(app, Answer):
             return app
         if not events:
-            return dialect.stored
-        reply = self._append(events, dialect, request, upstream, app)
+            return post.dialect.stored
+        reply = self._append(events, post, app)
         if isinstance(reply, Answer):
             return reply
         await asyncio.wait([reply.future])
         return reply.answer(reply.future)
 
-    def _append(
-        self,
-        events: list[Event],
-        dialect: Dialect,
-        request: Request,
-        upstream: str | None,
-        app: str,
-    ) -> Answer | Later[list[Appended]]:
-        destination = (
-            self.destinations.of_key(request, dialect.key_in) if upstream is None else upstream
-        )
+    def _app_of(self, post: _Post) -> str | Answer:
+        return self.callers.app_of(post.key, post.request.peer, self._writer.apps)
+
+    def _append(self, events: list[Event], post: _Post, app: str) -> Answer | Later[list[Appended]]:
+        upstream = post.upstream
+        destination = self.destinations.of_key(post.key) if upstream is None else upstream
         if isinstance(destination, Answer):
             return destination
         if destination or app:
@@ -158,7 +154,18 @@ class Routes:
             committed = self._writer.append(events)
         except OutboxError as exc:
             return refuse_for(exc)
-        return Later(committed, partial(_stored, events, dialect))
+        return Later(committed, partial(_stored, events, post.dialect))
+
+
+class _Post(msgspec.Struct, frozen=True):
+    """A request with events. *key* is the write key or token that it carries; found once, for it may
+    stand anywhere in a body of megabytes.
+    """
+
+    dialect: Dialect
+    request: Request
+    upstream: str | None
+    key: str
 
 
 def _stored(

@@ -282,7 +282,10 @@ async def test_an_allowed_page_can_read_what_it_is_told(world: World) -> None:
         "wrong": [400, None, "properties: expected object, got array"],
         "elsewhere": [
             *(403, None),
-            f"Origin: '{world.shop}' may post events to /api/public/apps/, and nothing else",
+            (
+                f"Origin: '{world.shop}' may post events to /api/public/apps/ or /v1/, and nothing"
+                " else; ask from a program on this machine"
+            ),
         ],
     }
     # The permission to post JSON is asked for once, and remembered.
