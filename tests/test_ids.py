@@ -10,10 +10,11 @@ import pytest
 
 from agent.clock import SystemClock
 from agent.event import Event
-from agent.outbox import ids
+from agent.outbox import ids, schema
 from agent.outbox.ids import id_hash
 from agent.outbox.reader import open_own_reader
 from agent.outbox.records import Ack, Appended, Bury, Policy, Selection
+from agent.outbox.store import Store
 from agent.outbox.writer import open_writer
 
 POLICY = Policy(max_bytes=1 << 30, evicts=False, remember=True)
@@ -130,3 +131,30 @@ async def test_large_transactions_leave_no_more_in_memory_than_small_ones(outbox
             await writer.append([_event(f"id{group}.{n}") for n in range(20)])
 
         assert len(_indexed(outbox)) >= 20 * 20 - 3 * 20
+
+
+def test_what_one_statement_has_stored_is_known_though_the_next_one_fails(
+    outbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(sqlite3.connect(outbox, isolation_level=None)) as db:
+        db.create_function("id_hash", 1, id_hash)
+        schema.migrate(db, 0)
+        store = Store(db)
+        for number in range(30):  # the first of them are in the index alone, then
+            store.append([_event(f"id{number}")])
+            db.commit()
+            store.committed()
+        while store.ids.due:
+            store.ids.merge()
+            store.ids.committed()
+        monkeypatch.setattr(
+            "agent.outbox.store._COUNT_DUPLICATES", "SELECT :duplicates, :conflicts, no"
+        )
+        with pytest.raises(sqlite3.OperationalError, match="no such column"):
+            store.append([_event("id0"), _event("new")])
+        db.rollback()
+        store.rolled_back()
+
+        monkeypatch.undo()
+        assert store.append([_event("new")]) == [Appended.REPLAYED]
+        assert store.fetch("SELECT accepted, pending FROM ledger") == [(31, 31)]

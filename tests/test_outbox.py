@@ -22,6 +22,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +385,29 @@ async def test_a_full_quota_refuses_with_its_numbers_until_there_is_room(outbox:
         assert await writer.append([_event("again", size=4000)]) == [Appended.STORED]
         assert _trouble(writer) == [None, None]
         assert (await reader.ledger()).discarded == 0
+
+
+async def test_a_smaller_quota_holds_for_the_next_event(outbox: Path) -> None:
+    roomy = Policy(max_bytes=1 << 30, evicts=False, remember=True)
+    async with _opened(outbox, roomy) as (writer, _):
+        await writer.append([_event("first", size=200_000)])
+        writer.adopt(replace(roomy, max_bytes=256 * 1024))
+        with pytest.raises(OutboxFullError):
+            await writer.append([_event("second", size=200_000)])
+
+
+async def test_what_a_verb_takes_counts_at_once(outbox: Path) -> None:
+    quota = 1024 * 1024
+    async with _opened(outbox, Policy(max_bytes=quota, evicts=False, remember=True)) as (
+        writer,
+        _,
+    ):
+        await writer.append([_event("first")])
+        await writer.perform(
+            lambda store: store.fetch("CREATE TABLE other AS SELECT zeroblob(900000)")
+        )
+        with pytest.raises(OutboxFullError):
+            await writer.append([_event("second", size=200_000)])
 
 
 async def test_a_full_quota_refuses_only_what_does_not_fit(outbox: Path) -> None:

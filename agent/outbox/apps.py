@@ -122,10 +122,14 @@ class Apps:
         app = replace(app, accepted=app.accepted + share.events)
         self.put(_with(app, state, share, +1))
 
+    def holds(self, state: Held) -> bool:
+        """Return whether any events that are in *state* came from an app."""
+        apps = {**self.known, **self._changed}.values()
+        return any(app.pending if state == "pending" else app.dead for app in apps)
+
     def shares(self, seqs: Sequence[int], state: Held) -> list[Share]:
         """Return from which apps those of *seqs* came that are in *state*, as far as it is known."""
-        apps = {**self.known, **self._changed}.values()
-        if not any(app.pending if state == "pending" else app.dead for app in apps):
+        if not self.holds(state):
             return []
         sql = _SHARES_PENDING if state == "pending" else _SHARES_DEAD
         rows = self._db.execute(sql, {"seqs": msgspec.json.encode(seqs).decode()})

@@ -91,7 +91,12 @@ class Database:
 
         Whatever *verb* raises undoes what it did. Raises `sqlite3.Error` if it cannot be stored.
         """
-        return await self._connection.submit(lambda db: self._transact(db, verb))
+
+        def begun(store: Store) -> T:
+            store.begin()
+            return verb(store)
+
+        return await self._connection.submit(lambda db: self._transact(db, begun))
 
     def transact_all(
         self,
@@ -100,6 +105,7 @@ class Database:
     ) -> asyncio.Future[None]:
         """Run one verb after another, each in a transaction, until *next_verb* has no more.
 
+        Each begins it itself (`Store.begin`), unless it is a single statement.
         It starts at once and does not come back to the event loop in between: a loop that is busy
         with requests would keep the disk waiting. *next_verb* is called in the connection's thread,
         *committed* in the event loop, with each result once its commit is synced. The future is done
@@ -114,7 +120,6 @@ class Database:
         return self._connection.submit(work)
 
     def _transact(self, db: sqlite3.Connection, verb: Callable[[Store], T]) -> T:
-        db.execute("BEGIN IMMEDIATE")
         try:
             result = verb(self._store)
             db.commit()

@@ -14,7 +14,7 @@ believed: an id is known if there is an event of that seq with that id, for that
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from hashlib import blake2b
 from operator import itemgetter
 
@@ -101,19 +101,27 @@ class KnownIds:
         self._merged = 0
         """What the open transaction added, forgot and merged."""
 
-    def find(self, ids: Collection[Id]) -> dict[Id, int]:
-        """Return the seqs of those of *ids* that are known."""
+    @property
+    def due(self) -> bool:
+        """Whether `merge` has something to do."""
+        return bool(self._unmerged) or len(self._recent) >= RECENT
+
+    def recall(self, ids: Iterable[Id]) -> dict[Id, int]:
+        """Return the seqs of those of *ids* that are known and may be in the index not yet."""
         found: dict[Id, int] = {}
-        elsewhere: list[Id] = []
         for known in ids:
             seq = self._added.get(known) or self._recent.get(known) or self._merging.get(known)
             if seq is not None and self._is(known, seq):
                 found[known] = seq
-            else:
-                elsewhere.append(known)
+        return found
+
+    def find(self, ids: Collection[Id]) -> dict[Id, int]:
+        """Return the seqs of those of *ids* that are known."""
+        found = self.recall(ids)
+        elsewhere = [known for known in ids if known not in found]
         if elsewhere:
             wanted = set(elsewhere)
-            id_hashes = msgspec.json.encode([_hash(known) for known in elsewhere]).decode()
+            id_hashes = msgspec.json.encode([hash_of(known) for known in elsewhere]).decode()
             for upstream, message_id, seq in self._db.execute(_FIND, {"id_hashes": id_hashes}):
                 known = id_of(upstream, message_id)
                 if known in wanted:
@@ -125,30 +133,30 @@ class KnownIds:
         values = {"seq": seq, "message_id": message_id, "upstream": upstream}
         return self._db.execute(_IS, values).fetchone() is not None
 
-    def add(self, new: Id, seq: int) -> None:
-        """Know the new event *seq*, the highest so far, by its id."""
-        self._added[new] = seq
+    def add(self, new: Mapping[Id, int]) -> None:
+        """Know new events, whose seqs are the highest so far, by their ids."""
+        self._added.update(new)
 
     def index(self, ids: Iterable[tuple[Id, int]]) -> None:
         """Know events that are not new, as (id, seq): they go to the disk at once."""
-        self._index(sorted((_hash(known), seq) for known, seq in ids))
+        self._index(sorted((hash_of(known), seq) for known, seq in ids))
 
     def forget(self, ids: Iterable[tuple[Id, int]]) -> None:
         """Forget events that are gone or have another seq now, as (id, old seq)."""
         gone = list(ids)
-        rows = sorted((_hash(known), seq) for known, seq in gone)
+        rows = sorted((hash_of(known), seq) for known, seq in gone)
         self._db.executemany(_FORGET, [{"id_hash": key, "seq": seq} for key, seq in rows])
         self._gone += gone
 
     def merge(self) -> None:
         """Move a slice of what is in memory to the disk, if there is enough of it."""
+        if not self.due:
+            return
         if not self._unmerged:
-            if len(self._recent) < RECENT:
-                return
             self._merging, self._recent = self._recent, {}
             self._merging_upto = max(self._merging.values())
             self._unmerged = sorted(
-                ((_hash(known), known) for known in self._merging), key=_by_hash, reverse=True
+                ((hash_of(known), known) for known in self._merging), key=_by_hash, reverse=True
             )
         # Faster than events come in, however many a transaction brings, or memory would grow.
         self._merged = min(max(SLICE, 2 * len(self._added)), len(self._unmerged))
@@ -185,7 +193,7 @@ class KnownIds:
         self._added, self._gone, self._merged = {}, [], 0
 
 
-def _hash(known: Id) -> int:
+def hash_of(known: Id) -> int:
     """Return the key of *known* in the index: that of its messageId, by which people look, too."""
     return id_hash(known if isinstance(known, str) else known[1])
 

@@ -31,6 +31,9 @@ _EVICT_LIMIT = 10_000
 _PRUNE_LIMIT = 1_000
 """Rows evicted and ids forgotten at once at most, to keep the transaction short."""
 
+_LOOK_AGAIN = 4
+"""What share of the room is let in before the next look: what an event takes is an estimate."""
+
 Results = list[list[Appended] | OutboxFullError]
 """What became of the events of each call, or why it was refused."""
 
@@ -50,12 +53,19 @@ class Room:
         self._clock = clock
         self._evicted = 0
         self._forgotten = 0
+        self._plenty_bytes = 0
+        """What may be let in before the database is asked again how much room there is."""
 
     def let_in(self, store: Store, calls: Sequence[Sequence[Event]]) -> Results:
         """Store the events of those *calls* that there is room for, each whole or not at all.
 
         May discard older events, if that is the policy.
         """
+        everything = list(chain.from_iterable(calls))
+        if self._has_plenty(everything):
+            outcomes = iter(store.append(everything))
+            return [[next(outcomes) for _ in events] for events in calls]
+        store.begin()
         refusals = self._judge(store, calls)
         judged = list(zip(calls, refusals, strict=True))
         admitted = [event for events, refusal in judged if refusal is None for event in events]
@@ -64,6 +74,10 @@ class Room:
             [next(outcomes) for _ in events] if refusal is None else refusal
             for events, refusal in judged
         ]
+
+    def look_anew(self) -> None:
+        """Ask the database again how much room there is: somebody may have taken some."""
+        self._plenty_bytes = 0
 
     def committed(self) -> None:
         """Say what the committed transaction discarded."""
@@ -90,6 +104,16 @@ class Room:
         self.lacks_disk = True
         self.full = f"{self._folder}: no space left on the disk; free some"
         return OutboxFullError(self.full)
+
+    def _has_plenty(self, events: Sequence[Event]) -> bool:
+        """Return whether there is room for *events* without a look, and take it.
+
+        To look is a call into the database, each time. An event of an app has its quota besides.
+        """
+        self._plenty_bytes -= _footprint(events)
+        return (
+            self._plenty_bytes >= 0 and self.reserve.held and not any(event.app for event in events)
+        )
 
     def _judge(
         self, store: Store, calls: Sequence[Sequence[Event]]
@@ -163,6 +187,7 @@ class Room:
     def adopt(self, policy: Policy) -> None:
         """Go by *policy* from the next admission on; the reserve stays as large as it is."""
         self._policy = policy
+        self.look_anew()
 
     def _quota_full(self, space: Space) -> OutboxFullError:
         self.lacks_disk = False
@@ -181,6 +206,7 @@ class Room:
             if footprint + _BARE_BYTES <= max_bytes
         )
         left_bytes = max_bytes - store.space().used
+        self._plenty_bytes = (left_bytes - wanted_bytes) // _LOOK_AGAIN
         while left_bytes < wanted_bytes and self._make_room(store, wanted_bytes - left_bytes):
             left_bytes = max_bytes - store.space().used
         return left_bytes

@@ -10,26 +10,20 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import chain
 from typing import Any, Literal, assert_never
 
 import msgspec
 
 from agent.event import Event
 from agent.outbox.apps import Apps, shared
-from agent.outbox.ids import Id, KnownIds, id_of
+from agent.outbox.ids import Id, KnownIds, hash_of, id_of
+from agent.outbox.procedures import MOST_ROWS, Procedures
 from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State, label, named
 
 _LAST_SEQ = """
 SELECT last_seq
   FROM ledger
 """
-
-# These two are completed by `insert_each`.
-_INSERT_EVENT = """
-INSERT INTO event (seq, message_id, digest, state, accepted_ms, upstream, app)
-VALUES"""
 
 _DIGEST = """
 SELECT digest
@@ -44,16 +38,15 @@ SELECT upstream, message_id
    AND state = :state
 """
 
-_INSERT_PENDING = """
-INSERT INTO pending (seq, kind, lane, queued_ms, body, upstream)
-VALUES"""
+_STORED_SINCE = """
+SELECT seq
+  FROM event
+ WHERE seq >= :first
+"""
 
-_COUNT_APPENDED = """
+_COUNT_DUPLICATES = """
 UPDATE ledger
-   SET last_seq   = :last_seq,
-       accepted   = accepted + :stored,
-       pending    = pending + :stored,
-       duplicates = duplicates + :duplicates,
+   SET duplicates = duplicates + :duplicates,
        conflicts  = conflicts + :conflicts
 """
 
@@ -62,24 +55,10 @@ DELETE FROM pending
  WHERE seq IN (SELECT value FROM json_each(:seqs))
 """
 
-_MARK_DELIVERED = """
-UPDATE event
-   SET state = 'delivered',
-       settled_ms = :now_ms
- WHERE seq IN (SELECT value FROM json_each(:seqs))
-   AND state = 'pending'
-"""
-
 _FORGET = """
 DELETE FROM event
  WHERE seq = :seq
    AND state = :state
-"""
-
-_COUNT_DELIVERED = """
-UPDATE ledger
-   SET pending   = pending - :n,
-       delivered = delivered + :n
 """
 
 _DELETE_EXPIRED = """
@@ -243,10 +222,6 @@ SELECT (SELECT page_count FROM pragma_page_count),
 """
 
 
-_LARGEST_INSERT = 64
-"""Rows of one INSERT at most. In powers of two, so that SQLite parses seven statements in all."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
     """What the database takes, in bytes: *used* by something, *free* in pages that hold nothing."""
@@ -256,11 +231,16 @@ class Space:
 
 
 class Store:
-    """The verbs, on the one write connection. Each expects an open transaction."""
+    """The verbs, on the one write connection.
+
+    Each expects an open transaction. `append` and `settle` begin one themselves, unless they are a
+    single statement, which is one by itself.
+    """
 
     def __init__(self, db: sqlite3.Connection) -> None:
         """Read what is kept in memory of a migrated database."""
         self._db = db
+        self._procedures = Procedures(db)
         self.ids = KnownIds(db)
         self.last_seq: int
         """The highest seq ever given."""
@@ -300,53 +280,94 @@ class Store:
         self._waiting_more = Counter()
         self._withdrawing = []
 
+    def begin(self) -> None:
+        """Begin a transaction where none is open: before the first of several statements."""
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN IMMEDIATE")
+
     def append(self, events: Sequence[Event]) -> list[Appended]:
         """Queue the events whose ids are not known yet; return what became of each, in order."""
-        known = self.ids.find([id_of(event.upstream, event.message_id) for event in events])
-        digests: dict[int, bytes] = {}
-        event_rows: list[tuple[Any, ...]] = []
-        pending_rows: list[tuple[Any, ...]] = []
-        results: list[Appended] = []
-        from_apps: list[tuple[str, bytes]] = []
-        for event in events:
-            event_id = id_of(event.upstream, event.message_id)
-            seq = known.get(event_id)
-            if seq is not None:
-                same = event.digest == (digests.get(seq) or self._digest(seq))
-                results.append(Appended.REPLAYED if same else Appended.CONFLICTING)
-                continue
-            # Burnt even if the transaction fails: a seq is never given twice.
-            self.last_seq = seq = self.last_seq + 1
-            known[event_id] = seq
-            digests[seq] = event.digest
-            self.ids.add(event_id, seq)
-            results.append(Appended.STORED)
-            at_ms, upstream, app = event.received_ms, event.upstream, event.app
-            event_rows.append(
-                (seq, event.message_id, event.digest, "pending", at_ms, upstream, app)
-            )
-            pending_rows.append((seq, event.kind, event.lane, at_ms, event.body, upstream))
-            if upstream:
-                self._waiting_more[upstream] += 1
-            if app:
-                from_apps.append((app, event.body))
-        self.insert_each(_INSERT_EVENT, event_rows)
-        self.insert_each(_INSERT_PENDING, pending_rows)
-        for share in shared(from_apps):
-            self.apps.take_in(share, "pending", now_ms=events[0].received_ms)
-        self.change(
-            _COUNT_APPENDED,
-            last_seq=self.last_seq,
-            stored=len(event_rows),
-            duplicates=len(events) - len(event_rows),
-            conflicts=results.count(Appended.CONFLICTING),
+        ids = [id_of(event.upstream, event.message_id) for event in events]
+        recalled = self.ids.recall(ids)
+        fresh: dict[Id, Event] = {}
+        for known, event in zip(ids, events, strict=True):
+            if known not in recalled:
+                fresh.setdefault(known, event)
+        one_statement = (
+            not self._db.in_transaction
+            and len(fresh) == len(events) <= MOST_ROWS
+            and not self.ids.due
+            and not any(event.app for event in events)
         )
-        self.ids.merge()
+        if not one_statement:
+            self.begin()
+        stored = self._append_fresh(fresh)
+        if one_statement:
+            self.committed()  # it holds, whatever comes of the rest
+        results = [Appended.STORED] * len(events)
+        if len(stored) < len(events):
+            results = self._tell_apart(ids, events, stored)
+        if not one_statement:
+            self.ids.merge()
         return results
 
-    def _digest(self, seq: int) -> bytes:
+    def _append_fresh(self, fresh: Mapping[Id, Event]) -> dict[Id, int]:
+        """Queue those of *fresh* that are not in the index either; return their seqs."""
+        first = self.last_seq + 1
+        # Burnt even if the transaction fails: a seq is never given twice.
+        self.last_seq += len(fresh)
+        rows = [
+            (
+                seq,
+                event.message_id,
+                hash_of(known),
+                event.digest,
+                event.kind,
+                event.lane,
+                event.received_ms,
+                event.body,
+                event.upstream,
+                event.app,
+            )
+            for seq, (known, event) in enumerate(fresh.items(), first)
+        ]
+        stored = sum(
+            self._procedures.append(rows[start : start + MOST_ROWS])
+            for start in range(0, len(rows), MOST_ROWS)
+        )
+        seqs = dict(zip(fresh, range(first, first + len(fresh)), strict=True))
+        if stored < len(rows):
+            present = {seq for (seq,) in self.fetch(_STORED_SINCE, first=first)}
+            seqs = {known: seq for known, seq in seqs.items() if seq in present}
+        self.ids.add(seqs)
+        named = [event for known in seqs if (event := fresh[known]).upstream or event.app]
+        self._waiting_more.update(event.upstream for event in named if event.upstream)
+        for share in shared((event.app, event.body) for event in named):
+            self.apps.take_in(share, "pending", now_ms=named[0].received_ms)
+        return seqs
+
+    def _tell_apart(
+        self, ids: Sequence[Id], events: Sequence[Event], stored: Mapping[Id, int]
+    ) -> list[Appended]:
+        """Return what became of *events*, of which some were known; the first of an id was *stored*."""
+        left = dict(stored)
+        new = [left.pop(known, None) is not None for known in ids]
+        seqs = self.ids.find({known for known, is_new in zip(ids, new, strict=True) if not is_new})
+        results = [
+            Appended.STORED if is_new else self._compare(event, seqs[known])
+            for known, event, is_new in zip(ids, events, new, strict=True)
+        ]
+        self.begin()
+        self.change(
+            _COUNT_DUPLICATES,
+            duplicates=len(events) - len(stored),
+            conflicts=results.count(Appended.CONFLICTING),
+        )
+        return results
+
+    def _compare(self, event: Event, seq: int) -> Appended:
         ((digest,),) = self.fetch(_DIGEST, seq=seq)
-        return bytes(digest)
+        return Appended.REPLAYED if event.digest == digest else Appended.CONFLICTING
 
     def knows_all(self, events: Sequence[Event]) -> bool:
         """Return whether each id is pending, dead or remembered as delivered."""
@@ -386,23 +407,33 @@ class Store:
                     )
                 case _:
                     assert_never(settlement)
+        one_statement = (
+            not retries
+            and not buries
+            and remember
+            and not self.waiting
+            and not self.apps.holds("pending")
+        )
+        if not one_statement:
+            self.begin()
         if acks:
-            self._delete_pending(acks, "delivered")
-            delivered = (
-                self.change(_MARK_DELIVERED, seqs=_json(acks), now_ms=now_ms)
-                if remember
-                else self._forget(acks, "pending")
-            )
-            self.change(_COUNT_DELIVERED, n=delivered)
-            if delivered < len(acks):
-                self._ack_expired(acks, now_ms=now_ms, remember=remember)
+            self._ack(acks, now_ms=now_ms, remember=remember)
         if retries:
             self.change_each(_COUNT_ATTEMPT, retries)
         if buries:
             self._bury(buries)
 
+    def _ack(self, acks: list[int], *, now_ms: int, remember: bool) -> None:
+        self._leave_queue(acks, "delivered")
+        delivered = self._procedures.ack(acks, now_ms=now_ms)
+        if not remember:
+            self._forget(acks, "delivered")
+        if delivered < len(acks):
+            self._ack_expired(acks, now_ms=now_ms, remember=remember)
+
     def _ack_expired(self, acks: list[int], *, now_ms: int, remember: bool) -> None:
         """Count as delivered what expired while its request was under way."""
+        self.begin()
         for seq in acks:
             shares = self.apps.shares([seq], "dead")
             if self.change(_DELETE_EXPIRED, seq=seq):
@@ -426,7 +457,7 @@ class Store:
         for event_id, seq in self._ids(dict.fromkeys(seqs), "dead"):
             self.last_seq += 1
             self.ids.forget([(event_id, seq)])
-            self.ids.add(event_id, self.last_seq)
+            self.ids.add({event_id: self.last_seq})
             if not isinstance(event_id, str):
                 self._waiting_more[event_id[0]] += 1
             rows.append({"seq": seq, "new_seq": self.last_seq, "now_ms": now_ms})
@@ -491,10 +522,14 @@ class Store:
     def _delete_pending(
         self, seqs: list[int], to: Literal["delivered", "dead", "discarded"]
     ) -> None:
+        self._leave_queue(seqs, to)
+        self.change(_DELETE_PENDING, seqs=_json(seqs))
+
+    def _leave_queue(self, seqs: list[int], to: Literal["delivered", "dead", "discarded"]) -> None:
+        """Count for their apps and upstreams that those of *seqs* that are pending soon are not."""
         self.apps.move(self.apps.shares(seqs, "pending"), "pending", to)
         if self.waiting or self._waiting_more:
             self._waiting_more.subtract(dict(self.fetch(_NAMED_AMONG, seqs=_json(seqs))))
-        self.change(_DELETE_PENDING, seqs=_json(seqs))
 
     def prune(self, cutoff_ms: int, *, limit: int) -> int:
         """Forget at most *limit* ids that were delivered before *cutoff_ms*; return how many."""
@@ -553,19 +588,6 @@ class Store:
     def change(self, sql: str, **values: Any) -> int:
         return self._db.execute(sql, values).rowcount
 
-    def insert_each(self, sql: str, rows: list[tuple[Any, ...]]) -> None:
-        """Insert *rows*, as many as may be with one statement.
-
-        `executemany` gives the interpreter lock away and waits for it again at each row: beside an
-        event loop that is busy, that took four times as long as the inserting.
-        """
-        start = 0
-        while start < len(rows):
-            size = min(_LARGEST_INSERT, 1 << ((len(rows) - start).bit_length() - 1))
-            some = rows[start : start + size]
-            self._db.execute(_with_rows(sql, len(some[0]), size), list(chain.from_iterable(some)))
-            start += size
-
     def change_each(self, sql: str, rows: list[dict[str, Any]]) -> int:
         if not rows:
             return 0
@@ -573,12 +595,6 @@ class Store:
 
     def fetch(self, sql: str, **values: Any) -> list[Any]:
         return self._db.execute(sql, values).fetchall()
-
-
-@cache
-def _with_rows(sql: str, columns: int, rows: int) -> str:
-    row = f"({', '.join('?' * columns)})"
-    return f"{sql} {', '.join([row] * rows)}"
 
 
 def _json(seqs: list[int]) -> str:

@@ -299,7 +299,9 @@ class Writer:
         return None if self._room.reserve.held else _SHORT_SETTLES
 
     def _apply(self, store: Store, group: Group) -> Results:
-        """Carry out a group, in its transaction."""
+        """Carry out a group, as one transaction."""
+        if group.settles and group.appends:
+            store.begin()
         if group.settles:
             store.settle(
                 chain.from_iterable(job.settlements for job in group.settles),
@@ -383,6 +385,7 @@ class Writer:
             raise
         self.commits += 1
         self._room.committed()
+        self._room.look_anew()
         self._tell_waiters()
         return result
 

@@ -1,0 +1,121 @@
+"""What is done for every event, append and ack, each as one statement.
+
+Beside a busy event loop the database's thread gets the interpreter lock back from a call into SQLite
+only when the loop pauses, and that takes longer than most statements: a transaction of ten calls left
+the disk idle for most of the time. One statement is one call, a transaction of its own where none is
+open, and SQLite carries all of it out without the interpreter.
+
+SQLite has no stored procedures; a trigger on a view comes to the same. Views and triggers are temporary:
+they belong to the write connection, and are not in the file.
+
+    INSERT INTO incoming  ─▶  event · pending · ledger     a row each; what is known is left out
+    INSERT INTO acked     ─▶  pending · event · ledger     one row, with the seqs as JSON
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from functools import cache
+from itertools import chain, repeat
+
+import msgspec
+
+MOST_ROWS = 256
+"""Of one append: to prepare the statement for so many takes some 700 KiB, which stay with the process."""
+
+_INSTALL = (
+    # What a statement takes apart on its way must not need the disk, which may be full.
+    """
+    PRAGMA temp_store = MEMORY
+    """,
+    """
+    CREATE TEMP VIEW IF NOT EXISTS incoming AS
+    SELECT NULL AS seq, NULL AS message_id, NULL AS id_hash, NULL AS digest, NULL AS kind,
+           NULL AS lane, NULL AS received_ms, NULL AS body, NULL AS upstream, NULL AS app
+    """,
+    """
+    CREATE TEMP TRIGGER IF NOT EXISTS append INSTEAD OF INSERT ON incoming
+      WHEN NEW.seq IS NOT NULL
+       AND NOT EXISTS (SELECT 1
+                         FROM known
+                         JOIN event USING (seq)
+                        WHERE known.id_hash = NEW.id_hash
+                          AND event.message_id = NEW.message_id
+                          AND event.upstream = NEW.upstream)
+     BEGIN
+           INSERT INTO event (seq, message_id, digest, state, accepted_ms, upstream, app)
+           VALUES (NEW.seq, NEW.message_id, NEW.digest, 'pending', NEW.received_ms, NEW.upstream,
+                   NEW.app);
+           INSERT INTO pending (seq, kind, lane, queued_ms, body, upstream)
+           VALUES (NEW.seq, NEW.kind, NEW.lane, NEW.received_ms, NEW.body, NEW.upstream);
+           UPDATE ledger
+              SET last_seq = NEW.seq,
+                  accepted = accepted + 1,
+                  pending  = pending + 1;
+       END
+    """,
+    """
+    CREATE TEMP VIEW IF NOT EXISTS acked AS
+    SELECT NULL AS seqs, NULL AS now_ms
+    """,
+    # changes() is of the statement before, within the same trigger.
+    """
+    CREATE TEMP TRIGGER IF NOT EXISTS ack INSTEAD OF INSERT ON acked
+     BEGIN
+           DELETE FROM pending
+            WHERE seq IN (SELECT value FROM json_each(NEW.seqs));
+           UPDATE event
+              SET state = 'delivered',
+                  settled_ms = NEW.now_ms
+            WHERE seq IN (SELECT value FROM json_each(NEW.seqs))
+              AND state = 'pending';
+           UPDATE ledger
+              SET pending   = pending - changes(),
+                  delivered = delivered + changes();
+       END
+    """,
+)
+
+_ACK = """
+INSERT INTO acked (seqs, now_ms)
+VALUES (:seqs, :now_ms)
+"""
+
+Row = tuple[int, str, int, bytes, str, int, int, bytes, str, str]
+"""A row of `incoming`: seq, message_id, id_hash, digest, kind, lane, received_ms, body, upstream, app."""
+
+_COLUMNS = 10
+_APPENDED_ROWS = 3
+"""What one event changes that is appended: a row of three tables."""
+
+
+class Procedures:
+    """The two verbs, on the one write connection. Each is a transaction, unless one is open."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        for statement in _INSTALL:
+            db.execute(statement)
+
+    def append(self, rows: Sequence[Row]) -> int:
+        """Store at most `MOST_ROWS` new events; return how many were new to the index of ids."""
+        before = self._db.total_changes
+        size = 1 << (len(rows) - 1).bit_length()
+        filling = repeat(None, _COLUMNS * (size - len(rows)))
+        self._db.execute(_insertion(size), [*chain.from_iterable(rows), *filling])
+        return (self._db.total_changes - before) // _APPENDED_ROWS
+
+    def ack(self, seqs: Sequence[int], *, now_ms: int) -> int:
+        """Settle pending events as delivered; return how many still were pending."""
+        before = self._db.total_changes
+        self._db.execute(_ACK, {"seqs": msgspec.json.encode(seqs).decode(), "now_ms": now_ms})
+        # Of each two rows, and that of the ledger.
+        return (self._db.total_changes - before) // 2
+
+
+@cache
+def _insertion(rows: int) -> str:
+    """Return the statement for so many rows. In powers of two, so that SQLite prepares nine."""
+    row = f"({', '.join('?' * _COLUMNS)})"
+    return " ".join(["INSERT INTO incoming VALUES", ", ".join([row] * rows)])
