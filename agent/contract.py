@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -39,8 +38,7 @@ Fields = dict[str, Any]
 Translate = Callable[[Kind, Fields], Fields]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """How bodies are read here.
 
     *translate* returns a message in the upstream's words, before anything is asked of it. *refine*
