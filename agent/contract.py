@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -39,8 +38,7 @@ Fields = dict[str, Any]
 Translate = Callable[[Kind, Fields], Fields]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """How bodies are read here.
 
     *translate* returns a message in the upstream's words, before anything is asked of it. *refine*
@@ -235,8 +233,9 @@ def _normalise(fields: Fields, shape: _Shape) -> None:
         if name in fields and fields[name] is None:
             del fields[name]
     for name in shape.texts:
-        if name in fields:
-            fields[name] = _identifier(name, fields[name])
+        value = fields.get(name)
+        if value is not None and not (value and isinstance(value, str)):
+            fields[name] = _identifier(name, value)
     if "userId" not in fields and "anonymousId" not in fields:
         raise InvalidEventError("userId: required, unless anonymousId is given; got neither")
     if "timestamp" in fields:
@@ -269,9 +268,9 @@ def _check_types(fields: Fields, shape: _Shape) -> None:
         msgspec.convert(fields, shape.struct)
     except msgspec.ValidationError as exc:
         raise InvalidEventError(_field_first(str(exc))) from exc
-    if shape.struct is not _Track:
+    if shape.struct is not _Track or not fields.get("files"):
         return
-    for i, file in enumerate(fields.get("files") or ()):
+    for i, file in enumerate(fields["files"]):
         if file["type"] != _FILE_TYPE:
             raise InvalidEventError(
                 f'files[{i}].type: expected "{_FILE_TYPE}", got {shorten(repr(file["type"]))}'

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Collection
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Literal, get_args
 
 import msgspec
@@ -78,4 +79,10 @@ def lane_of(*, user_id: str | None, anonymous_id: str | None) -> int:
 def rfc3339(instant_ms: int) -> str:
     """Return *instant_ms* (Unix ms) as RFC 3339 in UTC, to the millisecond."""
     seconds, ms = divmod(instant_ms, 1000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{ms:03d}Z"
+    return f"{_to_the_second(seconds)}.{ms:03d}Z"
+
+
+@lru_cache(maxsize=1)
+def _to_the_second(instant_s: int) -> str:
+    """Return RFC 3339 without zone; kept, for what is received comes many times a second."""
+    return f"{datetime.fromtimestamp(instant_s, UTC):%Y-%m-%dT%H:%M:%S}"

@@ -516,6 +516,13 @@ def test_a_number_that_upstream_cannot_hold_is_refused(number: str, member: str)
     assert len(message) < MESSAGE_CHARS
 
 
+def test_the_shortest_huge_integer_is_refused_wherever_it_stands() -> None:
+    """Bodies are searched for it at steps; none may step over it."""
+    shortest = "2" + "0" * 308
+    for offset in range(2 * len(shortest)):
+        assert "out of range" in refusal(track_text(f'"a":"{"x" * offset}","b":{shortest}'))
+
+
 def test_a_huge_integer_is_named_by_its_path() -> None:
     raw = track_text('"properties":{"sum":[1,' + "9" * 400 + "]}")
     assert refusal(raw).startswith("properties.sum[1]: number out of range")

@@ -321,6 +321,21 @@ def test_headers_are_bounded(lines: list[str], status: int | None, step: int) ->
         assert refused(exchange).status == status
 
 
+@pytest.mark.parametrize(("excess", "status"), [(0, None), (1, 431)])
+@pytest.mark.parametrize("before", [b"", head()], ids=["alone", "behind another"])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_head_is_bounded_to_the_byte_wherever_it_begins(
+    excess: int, status: int | None, before: bytes, chunks: int
+) -> None:
+    counted = len("/t") + len("host") + len("127.0.0.1") + len("x")
+    sent = before + head("X: " + "y" * (MAX_HEAD_BYTES - counted + excess))
+    *_, exchange = read(sent, len(sent) // chunks + 1)
+    if status is None:
+        assert asked(exchange).headers.keys() == {"host", "x"}
+    else:
+        assert refused(exchange).status == status
+
+
 @pytest.mark.parametrize(("excess", "status"), [(0, None), (1, 414)])
 def test_the_target_is_bounded(excess: int, status: int | None) -> None:
     target = "/" + "x" * (MAX_TARGET_BYTES - 1 + excess)

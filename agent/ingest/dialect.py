@@ -45,7 +45,7 @@ class Dialect:
         """Return *terms* as they are for this one."""
         if self.translate is None:
             return terms
-        return replace(terms, translate=self.translate, shared=self.shared)
+        return msgspec.structs.replace(terms, translate=self.translate, shared=self.shared)
 
     def key_of(self, request: Request) -> str:
         """Return the write key or token in the head of *request*, else in its body; empty for none."""

@@ -17,6 +17,8 @@ from agent.ingest.destinations import behind_prefix
 
 _LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
+_ENCODINGS = frozenset({"identity", "gzip", "x-gzip", "deflate"})
+
 _GZIP_OR_ZLIB = 47
 """zlib's wbits: 32 detects either header, 15 is the largest window (zlib manual, inflateInit2)."""
 
@@ -132,12 +134,12 @@ class Guard:
         )
 
     def _judge_body(self, headers: Mapping[str, str]) -> Answer | None:
-        encoding = headers.get("content-encoding", "identity").lower()
-        if encoding not in {"identity", "gzip", "x-gzip", "deflate"}:
+        encoding = headers.get("content-encoding")
+        if encoding is not None and encoding.lower() not in _ENCODINGS:
             return refuse(
                 415,
                 "AGENT_UNSUPPORTED_ENCODING",
-                f"Content-Encoding: {encoding[:40]!r} is not supported; send gzip, deflate or none",
+                f"Content-Encoding: {encoding.lower()[:40]!r} is not supported; send gzip, deflate or none",
                 close=True,
             )
         length = headers.get("content-length", "0")

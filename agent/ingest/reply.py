@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+import msgspec
 
 from agent.exchange import Answer, Request
 
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class Later(Generic[T]):
+class Later(msgspec.Struct, Generic[T]):
     """An answer to come: what *answer* makes of *future* once that is done. Costs no task."""
 
     future: asyncio.Future[T]

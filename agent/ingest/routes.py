@@ -139,7 +139,8 @@ class Routes:
         return reply.answer(reply.future)
 
     def _app_of(self, post: _Post) -> str | Answer:
-        return self.callers.app_of(post.key, post.request.peer, self._writer.apps)
+        apps = self._writer.apps if post.key else None  # without a key there is no token to look up
+        return self.callers.app_of(post.key, post.request.peer, apps)
 
     def _append(self, events: list[Event], post: _Post, app: str) -> Answer | Later[list[Appended]]:
         upstream = post.upstream
@@ -175,14 +176,14 @@ def _stored(
         outcomes = committed.result()
     except OutboxError as exc:
         return refuse_for(exc)
-    conflicting = [
-        event.message_id
-        for event, appended in zip(events, outcomes, strict=True)
-        if appended is Appended.CONFLICTING
-    ]
-    if conflicting:
+    if Appended.CONFLICTING in outcomes:
         # One line for a request: a batch may have tens of thousands, and all others would wait.
-        log.warning("event.conflicting", message_id=conflicting[0], events=len(conflicting))
+        first = events[outcomes.index(Appended.CONFLICTING)]
+        log.warning(
+            "event.conflicting",
+            message_id=first.message_id,
+            events=outcomes.count(Appended.CONFLICTING),
+        )
     return dialect.stored if Appended.STORED in outcomes else dialect.replayed
 
 

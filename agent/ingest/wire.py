@@ -35,6 +35,13 @@ _ONCE = frozenset(
 )
 """Headers that decide something, and of which a second one might be meant."""
 
+_USUAL = {
+    spelled.encode(): name
+    for name in (*_ONCE, "accept", "accept-encoding", "authorization", "connection", "user-agent")
+    for spelled in (name, name.title())
+}
+"""The headers that nearly every request has, as libraries spell them."""
+
 
 class Stage(enum.Enum):
     """How far the reading of a request has come; ENDED: nothing more is read."""
@@ -131,6 +138,7 @@ class Reader:
         self._guard = guard
         self._reading = reading
         self._framing = CLOSING
+        self._chunk_bytes = 0
         self._unproductive_bytes = 0
         self._advanced = False
         self.on_message_begin()
@@ -142,6 +150,8 @@ class Reader:
         if self.stage is ENDED:
             return
         self._advanced = False
+        self._chunk_bytes = len(data)
+        self._arrived_bytes += len(data)
         try:
             self._parse(data)
         except httptools.HttpParserCallbackError as exc:
@@ -182,6 +192,8 @@ class Reader:
 
     def on_message_begin(self) -> None:
         self.stage = HEAD
+        # Of the head's own chunk this counts what stands before it, too: no head is larger.
+        self._arrived_bytes = self._chunk_bytes
         self._framing = CLOSING
         self._target = b""
         self._headers: dict[str, str] = {}
@@ -200,22 +212,22 @@ class Reader:
             raise _RefusedError(_HEAD_TOO_LARGE)
         if self.stage is BODY:
             return  # a trailer: the guard has judged already, nothing may change now
-        key, text = name.decode("latin-1").lower(), value.decode("latin-1").strip(" \t")
-        if key in self._headers:
+        headers = self._headers
+        key = _USUAL.get(name) or name.decode("latin-1").lower()
+        text = value.decode("latin-1").strip(" \t")
+        if key in headers:
             if key in _ONCE:
                 raise _RefusedError(_bad(f"{key}: given twice"))
-            text = f"{self._headers[key]}, {text}"
-        self._headers[key] = text
+            text = f"{headers[key]}, {text}"
+        headers[key] = text
 
     def on_headers_complete(self) -> None:
-        headers = self._headers
-        if len(self._target) + sum(map(len, headers)) + sum(map(len, headers.values())) > (
-            MAX_HEAD_BYTES
-        ):
+        if self._arrived_bytes > MAX_HEAD_BYTES and self._head_bytes() > MAX_HEAD_BYTES:
             raise _RefusedError(_HEAD_TOO_LARGE)
-        method = self._parser.get_method().decode()
-        version = self._parser.get_http_version()
-        if self._parser.should_upgrade() and method != "CONNECT":
+        headers, parser = self._headers, self._parser
+        method = parser.get_method().decode()
+        version = parser.get_http_version()
+        if parser.should_upgrade() and method != "CONNECT":
             self._upgrades = True
             return
         self._framing = self._framed(method, version)
@@ -227,12 +239,13 @@ class Reader:
         if version not in {"1.1", "1.0"}:
             raise _RefusedError(_bad("HTTP version: expected 1.1 or 1.0"))
         # One reading of the target, for guard and routes: two could differ.
-        target, _, self._query = self._target.decode("latin-1").partition("?")
+        whole = self._target.decode("latin-1")
+        target, _, self._query = whole.partition("?")
         self._path = unquote(target)
         refusal = self._guard.judge_peer(self.peer) or self._guard.judge(headers, self._path)
         if refusal is not None:
             raise _RefusedError(refusal)
-        if not target.startswith("/") or method == "CONNECT" or b"#" in self._target:
+        if not target.startswith("/") or method == "CONNECT" or "#" in whole:
             raise _RefusedError(_bad("request target: expected a path", code="AGENT_BAD_TARGET"))
         self._method = method
         self.stage = BODY
@@ -286,6 +299,10 @@ class Reader:
             self._parser.get_http_version().encode(),
             fields.encode("latin-1"),
         )
+
+    def _head_bytes(self) -> int:
+        headers = self._headers
+        return len(self._target) + sum(map(len, headers)) + sum(map(len, headers.values()))
 
     def _framed(self, method: str, version: str) -> Framing:
         closes = not self._parser.should_keep_alive()

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import msgspec
 
 from agent.contract import PLAIN, Terms, read_batch, read_event
 from agent.event import KINDS, Event, Kind
@@ -182,7 +184,9 @@ class Endpoint:
 
 MADE = "made for a message that had no id"
 
-_TRANSLATED = replace(SEGMENT.terms(PLAIN), translate=partial(translate, new_id=lambda: MADE))
+_TRANSLATED = msgspec.structs.replace(
+    SEGMENT.terms(PLAIN), translate=partial(translate, new_id=lambda: MADE)
+)
 
 
 def _reader(kind: Kind, terms: Terms) -> Callable[[bytes, int], list[Event]]:
