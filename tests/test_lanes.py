@@ -520,6 +520,23 @@ def test_an_urgent_event_that_failed_is_tried_again_outside_the_windows() -> Non
     assert lanes.take(5.0, urgent=True) == failed
 
 
+def test_what_is_left_of_a_claim_without_its_urgent_event_waits_for_the_windows() -> None:
+    lanes, outbox = Lanes(), Outbox()
+    outbox.append(1, urgent=True)
+    outbox.append(1)
+    fill(lanes, outbox, limit=64)
+    claim = taken(lanes, fit=MANY)
+    assert lanes.is_urgent(claim)
+    withdrawn, left = claim.heads
+    lanes.done([withdrawn])
+    claim = Claim((left,), claim.key)
+    assert not lanes.is_urgent(claim)
+    lanes.again(claim, until_s=None)
+    assert lanes.next_at_s(urgent=True) is None
+    assert lanes.take(0.0, urgent=True) is None
+    assert taken(lanes) == claim
+
+
 # --- any history -------------------------------------------------------------------------------------
 
 USERS = 5

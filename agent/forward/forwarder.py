@@ -357,9 +357,10 @@ class Forwarder:
             self._breaker.cancel(ticket, self._clock.monotonic_s())
             self._trials.over(claim)
             return
-        if not self._breaker.stands(ticket) or self._paused or self._stopping:
+        too_late = not self._breaker.stands(ticket) or self._paused or self._stopping
+        if too_late or (gone and self._lost_its_leave(claim)):
             self._breaker.cancel(ticket, self._clock.monotonic_s())
-            self._supply.lanes.again(claim, until_s=None)  # the link broke while it was read
+            self._supply.lanes.again(claim, until_s=None)  # something changed while it was read
             return
         endpoint, body = self._request(claim, bodies)
         self._sent[claim.key] = claim
@@ -371,6 +372,10 @@ class Forwarder:
             batch_bytes = min(self._fit.batch_bytes, len(body) // 2)
             self._fit = replace(self._fit, batch_bytes=batch_bytes)
         self._conclude(claim, ticket, outcome)
+
+    def _lost_its_leave(self, claim: Claim) -> bool:
+        """Return whether *claim* went for an urgent event that is gone."""
+        return self._kept_back is not None and not self._supply.lanes.is_urgent(claim)
 
     async def _send(self, endpoint: Endpoint, body: bytes) -> Outcome:
         if self._upstream is None:  # taken away meanwhile

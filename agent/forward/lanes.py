@@ -249,6 +249,10 @@ class Lanes:
             lane = self._next(urgent=urgent, lanes_only=True)
         return Claim.of(heads)
 
+    def is_urgent(self, claim: Claim) -> bool:
+        """Return whether an urgent event is in *claim*, or waits behind one that is."""
+        return any(map(self._may_always_go, claim.heads))
+
     def done(self, heads: Iterable[Head]) -> None:
         """These events are through with: their lanes move on."""
         for head in heads:
@@ -304,18 +308,11 @@ class Lanes:
     def _next_urgent_at_s(self) -> float | None:
         ready = any(
             self._lanes[key].queue and not self._lanes[key].claimed for key in self._urgent
-        ) or any(
-            isinstance(each, Claim) and self._last_seqs(each).keys() & self._urgent.keys()
-            for each in self._ready
-        )
+        ) or any(isinstance(each, Claim) and self.is_urgent(each) for each in self._ready)
         if ready:
             return float("-inf")
         return min(
-            (
-                until_s
-                for until_s, _, claim in self._parked
-                if self._last_seqs(claim).keys() & self._urgent.keys()
-            ),
+            (until_s for until_s, _, claim in self._parked if self.is_urgent(claim)),
             default=None,
         )
 
@@ -360,7 +357,7 @@ class Lanes:
                 return lane
         claims = [each for each in self._ready if isinstance(each, Claim) and not lanes_only]
         for claim in claims:
-            if self._last_seqs(claim).keys() & self._urgent.keys():
+            if self.is_urgent(claim):
                 self._ready.remove(claim)
                 return claim
         return None
@@ -408,6 +405,9 @@ class Lanes:
     def _mark_urgent(self, lane: _Lane, seq: int) -> None:
         lane.urgent_upto = max(lane.urgent_upto, seq)
         self._urgent[lane.key] = None
+
+    def _may_always_go(self, head: Head) -> bool:
+        return head.seq <= self._lanes[self._key(head)].urgent_upto
 
     def _drop_queue(self, lane: _Lane, last_seq: int) -> None:
         for head in lane.queue:
