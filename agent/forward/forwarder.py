@@ -287,6 +287,9 @@ class Forwarder:
         if claim is None:
             self._breaker.cancel(ticket, now_s)
             return None
+        if urgent and not self._trials.holds(claim):
+            # Made while all might go, and not sent since: only a claim that failed goes whole.
+            claim = self._supply.lanes.only_urgent(claim)
         return claim, ticket
 
     def _due_at_s(self, now_s: float) -> float | None:

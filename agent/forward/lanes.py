@@ -253,6 +253,13 @@ class Lanes:
         """Return whether an urgent event is in *claim*, or waits behind one that is."""
         return any(map(self._may_always_go, claim.heads))
 
+    def only_urgent(self, claim: Claim) -> Claim:
+        """Give back what of an urgent *claim* is no reason to send it; return the rest."""
+        for head in reversed(claim.heads):
+            if not self._may_always_go(head):
+                self._give_back(head)
+        return Claim.of([head for head in claim.heads if self._may_always_go(head)])
+
     def done(self, heads: Iterable[Head]) -> None:
         """These events are through with: their lanes move on."""
         for head in heads:
@@ -283,9 +290,7 @@ class Lanes:
         """
         parts, behind = part(claim, self._key, at=at)
         for head in reversed(behind):
-            lane = self._lanes[self._key(head)]
-            lane.claimed -= 1
-            lane.queue.appendleft(head)
+            self._give_back(head)
         self._ready.extendleft(reversed(parts))
         return parts
 
@@ -408,6 +413,14 @@ class Lanes:
 
     def _may_always_go(self, head: Head) -> bool:
         return head.seq <= self._lanes[self._key(head)].urgent_upto
+
+    def _give_back(self, head: Head) -> None:
+        """Put a claimed event, the last of its user's there, in front of what waits in its lane."""
+        lane = self._lanes[self._key(head)]
+        lane.claimed -= 1
+        lane.queue.appendleft(head)
+        if not lane.claimed:
+            self._after(lane)
 
     def _drop_queue(self, lane: _Lane, last_seq: int) -> None:
         for head in lane.queue:

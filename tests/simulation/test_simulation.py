@@ -44,6 +44,7 @@ def test_all_that_is_promised_holds_whatever_goes_wrong(
     "seed",
     [
         48136,  # the urgent event of a failed batch is evicted, and the others went without it
+        60522,  # a batch that could not be read goes for its urgent event once the window is closed
     ],
 )
 def test_what_a_seed_once_found_is_mended(seed: int) -> None:
