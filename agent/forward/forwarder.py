@@ -413,10 +413,12 @@ class Forwarder:
         match decided:
             case Split(at):
                 del self._sent[claim.key]
+                self._fit = self._fit.narrowed(len(claim.heads))
                 self._trials.struck(claim, outcome, now_s, blamed=blamed)
                 self._trials.part(claim, self._supply.lanes.split(claim, at=at))
             case (Ack() | Bury(), *_):
                 if isinstance(outcome, Delivered):
+                    self._fit = self._fit.widened(self._plan.batch)
                     self._trials.delivered()
                 self._trials.over(claim)
                 self._supply.lanes.done(claim.heads)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple
 
@@ -53,6 +53,14 @@ class Fit:
 
     events: int
     batch_bytes: int
+
+    def narrowed(self, events: int) -> Fit:
+        """Return the fit after a claim of several *events* was split: bad ones seldom come alone."""
+        return replace(self, events=min(self.events, events // 2))
+
+    def widened(self, most: int) -> Fit:
+        """Return the fit after a delivery: up to *most* events again."""
+        return self if self.events >= most else replace(self, events=min(2 * self.events, most))
 
 
 ONE = Fit(events=1, batch_bytes=0)

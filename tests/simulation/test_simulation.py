@@ -43,8 +43,10 @@ def test_all_that_is_promised_holds_whatever_goes_wrong(
 @pytest.mark.parametrize(
     "seed",
     [
-        48136,  # the urgent event of a failed batch is evicted, and the others went without it
+        48136,  # the urgent event of a failed batch is evicted, and the others go without it
+        56241,  # many bad events of one user, and a budget that all tries are paid from
         60522,  # a batch that could not be read goes for its urgent event once the window is closed
+        61515,  # many events of one user that break the upstream, and the same budget
     ],
 )
 def test_what_a_seed_once_found_is_mended(seed: int) -> None:
