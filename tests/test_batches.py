@@ -132,6 +132,30 @@ async def test_the_one_bad_event_is_set_aside_and_the_others_arrive_once_in_orde
         assert (dead["messageId"], dead["status"]) == ("m7", 400)
 
 
+async def test_a_user_with_many_bad_events_is_not_sent_whole_for_each_of_them(
+    tmp_path: Path,
+) -> None:
+    async with batching(tmp_path) as (agent, up):
+        up.fault = Fault(mode="status", status=400, match="poison")
+        for number in range(60):
+            await post(agent, number, user="u", event="Sold" if number % 3 else "poison")
+        status = await drained(agent)
+        assert (status["delivered"], status["dead"]) == (40, 20)
+        assert len(up.arrivals) <= 5 * 60
+
+
+async def test_batches_grow_again_once_the_bad_event_is_found(tmp_path: Path) -> None:
+    forward = "batch_events = 8\nconcurrency = 1\n"
+    async with batching(tmp_path, forward=forward) as (agent, up):
+        up.fault = Fault(mode="status", status=400, match="poison")
+        for number in range(40):
+            await post(agent, number, user="u", event="Sold" if number else "poison")
+        status = await drained(agent)
+        assert (status["delivered"], status["dead"]) == (39, 1)
+        sizes = [len(each) for each in requests(up.arrivals)]
+        assert sizes == [8, 4, 2, 1, 1, 2, 4, 8, 8, 8, 8]
+
+
 async def test_the_event_that_the_upstream_names_is_tried_first(tmp_path: Path) -> None:
     answer = {"message": "body/batch/11 must have required property 'event'"}
     fault = Fault(mode="status", status=400, body=answer, match="poison")

@@ -287,6 +287,9 @@ class Forwarder:
         if claim is None:
             self._breaker.cancel(ticket, now_s)
             return None
+        if urgent and not self._trials.holds(claim):
+            # Made while all might go, and not sent since: only a claim that failed goes whole.
+            claim = self._supply.lanes.only_urgent(claim)
         return claim, ticket
 
     def _due_at_s(self, now_s: float) -> float | None:
@@ -357,9 +360,10 @@ class Forwarder:
             self._breaker.cancel(ticket, self._clock.monotonic_s())
             self._trials.over(claim)
             return
-        if not self._breaker.stands(ticket) or self._paused or self._stopping:
+        too_late = not self._breaker.stands(ticket) or self._paused or self._stopping
+        if too_late or (gone and self._lost_its_leave(claim)):
             self._breaker.cancel(ticket, self._clock.monotonic_s())
-            self._supply.lanes.again(claim, until_s=None)  # the link broke while it was read
+            self._supply.lanes.again(claim, until_s=None)  # something changed while it was read
             return
         endpoint, body = self._request(claim, bodies)
         self._sent[claim.key] = claim
@@ -371,6 +375,10 @@ class Forwarder:
             batch_bytes = min(self._fit.batch_bytes, len(body) // 2)
             self._fit = replace(self._fit, batch_bytes=batch_bytes)
         self._conclude(claim, ticket, outcome)
+
+    def _lost_its_leave(self, claim: Claim) -> bool:
+        """Return whether *claim* went for an urgent event that is gone."""
+        return self._kept_back is not None and not self._supply.lanes.is_urgent(claim)
 
     async def _send(self, endpoint: Endpoint, body: bytes) -> Outcome:
         if self._upstream is None:  # taken away meanwhile
@@ -405,10 +413,12 @@ class Forwarder:
         match decided:
             case Split(at):
                 del self._sent[claim.key]
+                self._fit = self._fit.narrowed(len(claim.heads))
                 self._trials.struck(claim, outcome, now_s, blamed=blamed)
                 self._trials.part(claim, self._supply.lanes.split(claim, at=at))
             case (Ack() | Bury(), *_):
                 if isinstance(outcome, Delivered):
+                    self._fit = self._fit.widened(self._plan.batch)
                     self._trials.delivered()
                 self._trials.over(claim)
                 self._supply.lanes.done(claim.heads)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple
 
@@ -53,6 +53,14 @@ class Fit:
 
     events: int
     batch_bytes: int
+
+    def narrowed(self, events: int) -> Fit:
+        """Return the fit after a claim of several *events* was split: bad ones seldom come alone."""
+        return replace(self, events=min(self.events, events // 2))
+
+    def widened(self, most: int) -> Fit:
+        """Return the fit after a delivery: up to *most* events again."""
+        return self if self.events >= most else replace(self, events=min(2 * self.events, most))
 
 
 ONE = Fit(events=1, batch_bytes=0)
@@ -249,6 +257,17 @@ class Lanes:
             lane = self._next(urgent=urgent, lanes_only=True)
         return Claim.of(heads)
 
+    def is_urgent(self, claim: Claim) -> bool:
+        """Return whether an urgent event is in *claim*, or waits behind one that is."""
+        return any(map(self._may_always_go, claim.heads))
+
+    def only_urgent(self, claim: Claim) -> Claim:
+        """Give back what of an urgent *claim* is no reason to send it; return the rest."""
+        for head in reversed(claim.heads):
+            if not self._may_always_go(head):
+                self._give_back(head)
+        return Claim.of([head for head in claim.heads if self._may_always_go(head)])
+
     def done(self, heads: Iterable[Head]) -> None:
         """These events are through with: their lanes move on."""
         for head in heads:
@@ -279,9 +298,7 @@ class Lanes:
         """
         parts, behind = part(claim, self._key, at=at)
         for head in reversed(behind):
-            lane = self._lanes[self._key(head)]
-            lane.claimed -= 1
-            lane.queue.appendleft(head)
+            self._give_back(head)
         self._ready.extendleft(reversed(parts))
         return parts
 
@@ -304,18 +321,11 @@ class Lanes:
     def _next_urgent_at_s(self) -> float | None:
         ready = any(
             self._lanes[key].queue and not self._lanes[key].claimed for key in self._urgent
-        ) or any(
-            isinstance(each, Claim) and self._last_seqs(each).keys() & self._urgent.keys()
-            for each in self._ready
-        )
+        ) or any(isinstance(each, Claim) and self.is_urgent(each) for each in self._ready)
         if ready:
             return float("-inf")
         return min(
-            (
-                until_s
-                for until_s, _, claim in self._parked
-                if self._last_seqs(claim).keys() & self._urgent.keys()
-            ),
+            (until_s for until_s, _, claim in self._parked if self.is_urgent(claim)),
             default=None,
         )
 
@@ -360,7 +370,7 @@ class Lanes:
                 return lane
         claims = [each for each in self._ready if isinstance(each, Claim) and not lanes_only]
         for claim in claims:
-            if self._last_seqs(claim).keys() & self._urgent.keys():
+            if self.is_urgent(claim):
                 self._ready.remove(claim)
                 return claim
         return None
@@ -408,6 +418,17 @@ class Lanes:
     def _mark_urgent(self, lane: _Lane, seq: int) -> None:
         lane.urgent_upto = max(lane.urgent_upto, seq)
         self._urgent[lane.key] = None
+
+    def _may_always_go(self, head: Head) -> bool:
+        return head.seq <= self._lanes[self._key(head)].urgent_upto
+
+    def _give_back(self, head: Head) -> None:
+        """Put a claimed event, the last of its user's there, in front of what waits in its lane."""
+        lane = self._lanes[self._key(head)]
+        lane.claimed -= 1
+        lane.queue.appendleft(head)
+        if not lane.claimed:
+            self._after(lane)
 
     def _drop_queue(self, lane: _Lane, last_seq: int) -> None:
         for head in lane.queue:

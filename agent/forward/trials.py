@@ -34,6 +34,10 @@ class Trials:
         self._trials: dict[int, _Trial] = {}
         self._delivered = 0
 
+    def holds(self, claim: Claim) -> bool:
+        """Return whether *claim* was sent, and failed."""
+        return claim.key in self._trials
+
     def record(self, claim: Claim, outcome: Outcome, now_s: float) -> Record:
         """Return how *claim* has met failures like *outcome* until now."""
         trial = self._trials.get(claim.key)
