@@ -432,7 +432,7 @@ class Forwarder:
         final = [change.seq for change in changes if not isinstance(change, Retry)]
         if final:
             del self._sent[claim.key]
-        self._tally.clear(final)
+        self._tally.settled(final)
         self._supply.settled(final)
         for head, change in zip(claim.heads, changes, strict=True):
             if isinstance(change, Bury):
