@@ -9,8 +9,9 @@ The way of an event:
                   ◀──204── committed ◀────settle──────────┘
     person ──▶ console ──reads──▶ outbox;  ──asks──▶ daemon (loopback control API)
 
-Apps are answered by a protocol of our own on llhttp (httptools), for aiohttp's server took longer
-than all the rest of an event's way; aiohttp is the client to the upstream, and the sandbox.
+Apps are answered, and the upstream is spoken to, by protocols of our own on llhttp (httptools), for
+aiohttp's took longer than all the rest of an event's way; it opens the connections to the upstream
+(names, TLS, proxies), and is the sandbox.
 
 The two ends meet only in the outbox. Decisions are pure: they know no clock, socket or database.
 

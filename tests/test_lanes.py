@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import chain
 from math import inf
 
@@ -176,7 +175,7 @@ def test_an_event_to_send_again_goes_behind_the_other_users_as_brought_up_to_dat
     fill(lanes, outbox, limit=2)
     claim = taken(lanes)
     event = msgspec.structs.replace(claim.heads[0], attempts=1, failing_since_ms=5)
-    tried = replace(claim, heads=(event,))
+    tried = msgspec.structs.replace(claim, heads=(event,))
     lanes.again(tried, until_s=None)
     assert seq(taken(lanes)) == 3
     assert taken(lanes) == tried

@@ -67,27 +67,49 @@ def test_what_does_not_fit_is_sent_uncounted() -> None:
     assert tally.doubtful == []
 
 
+def test_to_settle_writes_nothing_and_makes_room() -> None:
+    pieces: list[bytes] = []
+    tally = Tally(bytearray(TALLY_BYTES), lambda _at, piece: pieces.append(piece))
+    for first in range(1, 3 * TALLY_BYTES, 1000):
+        seqs = range(first, first + 1000)
+        tally.sending(seqs)
+        written = len(pieces)
+        tally.settled(seqs)
+        assert len(pieces) == written
+        assert tally.doubtful == []
+    tally.sending([0xABCD])
+    assert tally.doubtful == [0xABCD]
+
+
 class AnyLife(RuleBasedStateMachine):
-    """Sends, settlements and kills in any order, beside a plain set."""
+    """Sends, answers, settlements and kills in any order, beside plain sets."""
 
     @initialize()
     def begin(self) -> None:
         self.file = bytearray(TALLY_BYTES)
         self.kill()
         self.doubtful: set[int] = set()
+        self.settled: set[int] = set()
         self.resent = 0
 
-    @rule(seqs=st.sets(st.integers(1, 50)))
+    @rule(seqs=st.sets(st.integers(1, 200)))
     def send(self, seqs: set[int]) -> None:
+        seqs -= self.settled
         again = len(seqs & self.doubtful)
         assert self.tally.sending(seqs) == again
         self.resent += again
         self.doubtful |= seqs
 
-    @rule(seqs=st.sets(st.integers(1, 50)))
+    @rule(seqs=st.sets(st.integers(1, 200)))
     def clear(self, seqs: set[int]) -> None:
         self.tally.clear(seqs)
         self.doubtful -= seqs
+
+    @rule(seqs=st.sets(st.integers(1, 200)))
+    def settle(self, seqs: set[int]) -> None:
+        self.tally.settled(seqs)
+        self.doubtful -= seqs
+        self.settled |= seqs
 
     def keep(self, at: int, piece: bytes) -> None:
         self.file[at : at + len(piece)] = piece
@@ -96,6 +118,8 @@ class AnyLife(RuleBasedStateMachine):
     def kill(self) -> None:
         """The memory dies with the process; what was written stays."""
         self.tally = Tally(bytearray(self.file), self.keep)
+        if hasattr(self, "settled"):  # as the forwarder does, by what is still pending
+            self.tally.clear([seq for seq in self.tally.doubtful if seq in self.settled])
 
     @invariant()
     def books_agree(self) -> None:

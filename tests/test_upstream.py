@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import json
 import socket
 import ssl
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
 import pytest
@@ -25,6 +27,7 @@ from agent.forward.disposition import (
     Unavailable,
 )
 from agent.forward.plan import Target
+from agent.forward.pool import open_pool
 from agent.forward.upstream import Refusing, open_upstream
 
 KEY = "wk-5up3r-s3cr3t"
@@ -389,6 +392,156 @@ async def test_a_key_that_an_answer_quotes_is_masked() -> None:
     assert "is unknown" in found.why
 
 
+# --- connections -------------------------------------------------------------------------------------
+
+
+async def answers(to: Target, count: int) -> list[Outcome]:
+    """Send as many events one after the other."""
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        open_upstream(to, SystemClock(), connections=1) as upstream,
+    ):
+        return [await upstream.send("track", BODY) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [http("500 Oops", b""), b"HTTP/1.1 500 Oo", b"junk"],
+    ids=["another answer", "the beginning of one", "junk"],
+)
+async def test_what_follows_an_answer_is_not_taken_for_the_next_ones(more: bytes) -> None:
+    async with listening(saying(NO_CONTENT + more, NO_CONTENT)) as wire:
+        assert await answers(target(wire.url), 2) == [Delivered(), Delivered()]
+    assert wire.connections == 2
+
+
+async def test_what_comes_unasked_is_not_taken_for_an_answer() -> None:
+    left = asyncio.Event()
+
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await wire.request(reader)
+        writer.write(NO_CONTENT)
+        if wire.connections == 1:
+            await asked.wait()
+            writer.write(http("500 Oops", b""))
+            await reader.read()
+            left.set()
+
+    asked = asyncio.Event()
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        listening(converse) as wire,
+        open_upstream(target(wire.url), SystemClock(), connections=1) as upstream,
+    ):
+        assert await upstream.send("track", BODY) == Delivered()
+        asked.set()
+        await left.wait()
+        assert await upstream.send("track", BODY) == Delivered()
+
+
+@pytest.mark.parametrize(
+    "interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"]
+)
+async def test_an_interim_answer_is_passed_over(interim: bytes) -> None:
+    async with listening(saying(interim + NO_CONTENT, interim * 2 + NO_CONTENT)) as wire:
+        assert await answers(target(wire.url), 2) == [Delivered(), Delivered()]
+    assert wire.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "meaning"),
+    [
+        (b'HTTP/1.1 200 OK\r\n\r\n""', Delivered),
+        (b"HTTP/1.0 200 OK\r\n\r\n" + PORTAL, Misconfigured),
+        (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n""\r\n0\r\n\r\n', Delivered),
+        (http("200 OK", gzip.compress(b'""'), b"Content-Encoding: gzip"), Delivered),
+        (http("200 OK", gzip.compress(PORTAL), b"Content-Encoding: gzip"), Misconfigured),
+        (http("200 OK", zlib.compress(b'""'), b"Content-Encoding: deflate"), Delivered),
+        (http("200 OK", PORTAL + b" " * 70_000), Misconfigured),
+        (
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+            Misconfigured,
+        ),
+    ],
+    ids=["no length", "1.0", "chunked", "gzip", "gzip portal", "deflate", "long portal", "101"],
+)
+async def test_an_answer_is_read_however_it_is_framed(said: bytes, meaning: type[Outcome]) -> None:
+    async with listening(saying(said)) as wire:
+        assert isinstance(await send(target(wire.url)), meaning)
+
+
+async def test_a_connection_that_is_said_to_close_is_not_used_again() -> None:
+    closing = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
+    async with listening(saying(closing, closing)) as wire:
+        assert await answers(target(wire.url), 2) == [Delivered(), Delivered()]
+    assert wire.connections == 2
+
+
+async def test_an_attempt_that_is_cancelled_takes_its_connection_along() -> None:
+    asked, left = asyncio.Event(), asyncio.Event()
+
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await wire.request(reader)
+        if wire.connections == 1:
+            asked.set()
+            await reader.read()
+            left.set()
+        writer.write(NO_CONTENT)
+
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        listening(converse) as wire,
+        open_upstream(target(wire.url), SystemClock(), connections=1) as upstream,
+        asyncio.TaskGroup() as tasks,
+    ):
+        attempt = tasks.create_task(upstream.send("track", BODY))
+        await asked.wait()
+        attempt.cancel()
+        await left.wait()
+        assert await upstream.send("track", BODY) == Delivered()
+
+
+async def test_a_connection_without_requests_is_closed_in_time() -> None:
+    left = asyncio.Event()
+
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await wire.request(reader)
+        writer.write(NO_CONTENT)
+        await reader.read()
+        left.set()
+
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        listening(converse) as wire,
+        open_pool(target(wire.url), {}, connections=1, keepalive_s=0.1) as pool,
+    ):
+        answer = await pool.post("/", BODY, ssl.create_default_context())
+        assert answer.status == 204
+        await left.wait()
+
+
+async def test_an_upstream_is_not_called_silent_while_it_still_takes_the_body() -> None:
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await asyncio.Event().wait()  # a thin link
+        await reader.readexactly(20_000_000)
+        writer.write(NO_CONTENT)
+
+    async with listening(converse) as wire:
+        to = replace(target(wire.url), timeout_s=0.2)
+        assert await send(to, b"x" * 20_000_000) == Delivered()
+
+
 # --- no connection at all ----------------------------------------------------------------------------
 
 
@@ -655,9 +808,12 @@ async def test_the_proxy_before_a_tls_upstream_never_sees_the_key(
         host, _, port = line.split()[1].rpartition(":")
         inner_reader, inner_writer = await asyncio.open_connection(host, int(port))
         writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(pass_on(wire, reader, inner_writer))
-            tasks.create_task(pass_on(wire, inner_reader, writer))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(pass_on(wire, reader, inner_writer))
+                tasks.create_task(pass_on(wire, inner_reader, writer))
+        finally:
+            inner_writer.close()
 
     async with (
         listening(saying(NO_CONTENT), certificates.server()) as upstream,

@@ -10,6 +10,8 @@ import pytest
 from processes import AgentProcess, running_agent
 
 from agent.console.sandbox import DEFAULT_WRITE_KEY, Fault, Sandbox
+from agent.forward.tally import open_tally
+from agent.outbox.files import tally_of
 
 pytestmark = pytest.mark.process
 
@@ -126,6 +128,23 @@ async def test_an_outage_of_500s_buries_nothing(agent: AgentProcess, sandbox: Sa
 
     sandbox.fault = Fault(mode="ok")
     await agent.until(lambda status: status["delivered"] == 6)
+
+
+async def test_a_delivery_that_was_recorded_is_in_no_doubt_after_a_kill(
+    agent: AgentProcess,
+) -> None:
+    for number in (1, 2):
+        assert await agent.post(event(f"m-{number}")) == 204
+        await agent.until(lambda status, n=number: status["delivered"] == n)  # type: ignore[misc]
+        await agent.kill()
+        await agent.start()
+    assert await agent.post(event("m-3")) == 204
+    status = await agent.until(lambda status: status["delivered"] == 3)
+    assert status["ambiguous"] == 0
+    await agent.kill()
+    # What is settled stays in the file only until its slot is taken again.
+    with open_tally(tally_of(agent.outbox, "")) as tally:
+        assert tally.doubtful == [3]
 
 
 async def test_pause_survives_a_kill_and_resume_ends_it(

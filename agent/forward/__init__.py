@@ -7,8 +7,8 @@
     backoff, budget         how long to wait after a failure; what a metered link may carry
     disposition, trials     what an answer means for the events; how those that failed have fared
 
-decide, and are pure. `upstream` makes one call, and `succession` puts another in its place; `link`
-hears when the machine's network changes; `tally` remembers over a kill what may have arrived;
-`supply` reads on in the outbox; `forwarder` is the shell that reads clocks, runs tasks and carries
-decisions out, by a `plan`.
+decide, and are pure. `upstream` makes one call, over the connections of a `pool`, each of which is a
+`wire`; `succession` puts another upstream in its place. `link` hears when the machine's network
+changes; `tally` remembers over a kill what may have arrived; `supply` reads on in the outbox;
+`forwarder` is the shell that reads clocks, runs tasks and carries decisions out, by a `plan`.
 """

@@ -22,6 +22,8 @@ import random
 from dataclasses import dataclass, replace
 from typing import assert_never
 
+import msgspec
+
 from agent.forward.backoff import Backoff
 from agent.forward.concurrency import Limit
 
@@ -29,8 +31,7 @@ FALTERS = 3
 """5xx in a row, nothing delivered between, that mean the upstream and not the event."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(msgspec.Struct, frozen=True):
     """Permission to send one claim, from *sent_s* on. *probe* marks the one of a half-open breaker."""
 
     epoch: int

@@ -7,13 +7,13 @@ again by them. It shares no user with another claim, so the order of each user i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from agent.outbox.records import Head
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(msgspec.Struct, frozen=True):
     """Events of one request, each user's in order. *key* names it as long as it fails."""
 
     heads: tuple[Head, ...]

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import assert_never
 
+import msgspec
+
 from agent.forward.claims import Claim
 from agent.outbox.records import Ack, Bury, Head, Retry, Settlement
 
@@ -55,8 +57,7 @@ _NETWORK_LOGIN = 511  # RFC 6585, section 6: never from the origin, always from 
 _EVENT_AT_FAULT = frozenset({400, 415, 422})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Response:
+class Response(msgspec.Struct, frozen=True, kw_only=True):
     """One HTTP answer. *headers* is case-insensitive; *body* may be cut short."""
 
     status: int

@@ -22,7 +22,7 @@ import structlog
 from agent.clock import Clock
 from agent.errors import OutboxError
 from agent.flow import Flow, FlowState, Wait
-from agent.forward import gate
+from agent.forward import breaker, gate
 from agent.forward.batch import MAX_BATCH_BYTES, envelope
 from agent.forward.breaker import Breaker, Closed, Ticket
 from agent.forward.budget import REQUEST_BYTES, KeptBack, Meter, day_of
@@ -193,12 +193,13 @@ class Forwarder:
             now_s=self._clock.monotonic_s(),
         )
 
-    def _state(self) -> tuple[FlowState, str]:
+    def _state(self, link: breaker.State | None = None) -> tuple[FlowState, str]:
+        """Return how forwarding stands, and why; with *link*, how it stood when that was its state."""
         return gate.state_of(
             unconfigured=self._unconfigured if self._upstream is None else None,
             paused=self._paused,
             rescuing=self._writer.rescuing,
-            link=self._breaker.state,
+            link=link or self._breaker.state,
             kept_back=self._kept_back,
             parked_users=self._supply.lanes.parked,
         )
@@ -353,7 +354,8 @@ class Forwarder:
             return
         gone = [head for head in claim.heads if head.seq not in bodies]
         if gone:  # evicted or expired since it was read
-            claim = replace(claim, heads=tuple(h for h in claim.heads if h.seq in bodies))
+            left = tuple(head for head in claim.heads if head.seq in bodies)
+            claim = msgspec.structs.replace(claim, heads=left)
             self._tally.clear(head.seq for head in gone)
             self._supply.lanes.done(gone)
         if not claim.heads:
@@ -442,7 +444,7 @@ class Forwarder:
         final = [change.seq for change in changes if not isinstance(change, Retry)]
         if final:
             del self._sent[claim.key]
-        self._tally.clear(final)
+        self._tally.settled(final)
         self._supply.settled(final)
         for head, change in zip(claim.heads, changes, strict=True):
             if isinstance(change, Bury):
@@ -464,7 +466,7 @@ class Forwarder:
     def _tell_breaker(
         self, claim: Claim, ticket: Ticket, outcome: Outcome, now_s: float, *, proven: bool
     ) -> None:
-        before, _ = self._state()
+        link = self._breaker.state
         match outcome:
             case Delivered():
                 self._breaker.succeed(ticket, now_s, delivered=len(claim.heads))
@@ -489,13 +491,15 @@ class Forwarder:
                 self._breaker.hold(ticket, now_s, why)
             case _:
                 assert_never(outcome)
-        self._log_change(before)
+        if self._breaker.state is not link:
+            self._log_change(link)
 
     def _note_error(self, text: str) -> str:
         self._last_error, self._last_error_ms = text, self._clock.wall_ms()
         return text
 
-    def _log_change(self, before: FlowState) -> None:
+    def _log_change(self, link: breaker.State) -> None:
+        before, _ = self._state(link)
         state, reason = self._state()
         if state == before:
             return
@@ -517,7 +521,7 @@ def _tried(claim: Claim, now_ms: int) -> Claim:
     (head,) = claim.heads
     since_ms = now_ms if head.failing_since_ms is None else head.failing_since_ms
     tried = msgspec.structs.replace(head, attempts=head.attempts + 1, failing_since_ms=since_ms)
-    return replace(claim, heads=(tried,))
+    return msgspec.structs.replace(claim, heads=(tried,))
 
 
 @asynccontextmanager

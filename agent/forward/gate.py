@@ -55,8 +55,7 @@ def state_of(
             pass
     if kept_back is not None:
         return "waiting", kept_back.why
-    behind = f"{parked_users} user(s) wait behind a failing event"
-    return "flowing", behind if parked_users else ""
+    return "flowing", f"{parked_users} user(s) wait behind a failing event" if parked_users else ""
 
 
 def due_at_s(

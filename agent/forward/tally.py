@@ -66,7 +66,7 @@ class Tally:
 
     @property
     def doubtful(self) -> list[int]:
-        """The seqs of events that may have arrived."""
+        """The seqs of events that may have arrived; of a life before, also some that are settled."""
         return list(self._slots)
 
     def sending(self, seqs: Iterable[int]) -> int:
@@ -90,7 +90,17 @@ class Tally:
         return again
 
     def clear(self, seqs: Iterable[int]) -> None:
-        """These have not arrived, or are recorded as delivered."""
+        """These have not arrived, or are pending no longer."""
+        self._write_slots(self._give_back(seqs))
+
+    def settled(self, seqs: Iterable[int]) -> None:
+        """These are recorded, and pending no longer.
+
+        The file need not say so: whoever reads it in the next life clears what is not pending.
+        """
+        self._give_back(seqs)
+
+    def _give_back(self, seqs: Iterable[int]) -> list[int]:
         given: list[int] = []
         for seq in seqs:
             slot = self._slots.pop(seq, None)
@@ -98,7 +108,7 @@ class Tally:
                 struct.pack_into("<Q", self._memory, self._at(slot), 0)
                 given.append(slot)
         self._free += reversed(given)  # so that those of one batch lie side by side again
-        self._write_slots(given)
+        return given
 
     def bytes_of(self, day: int) -> int:
         """Return how many bytes were sent on *day*."""

@@ -6,7 +6,6 @@ and nowhere else; redirects are not followed, for a 307 would carry body and key
 
 from __future__ import annotations
 
-import io
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,23 +20,14 @@ from agent.event import Kind
 from agent.forward.disposition import (
     Misconfigured,
     Outcome,
-    Response,
     Unavailable,
     classify,
     one_line,
 )
 from agent.forward.plan import Target
+from agent.forward.pool import Pool, open_pool
 from agent.observe.logs import Redactor
 from agent.units import proxy_secrets, why_readable
-
-_KEEPALIVE_S = 60.0
-"""Below the upstream's own 72 s: whoever closes first should be us, between requests."""
-
-_ANSWER_BYTES = 65_536
-"""How much of an answer is read; the API's are empty or short."""
-
-_LARGE_BYTES = 1024 * 1024
-"""From here on aiohttp wants a body as a stream, to write it bit by bit; bytes go faster."""
 
 _WHY_CHARS = 500
 """How much of a reason is kept and shown."""
@@ -61,41 +51,31 @@ async def open_upstream(
     if why := why_readable(target.url, target.proxy):
         yield Refusing(f"upstream.url {target.url} {why}")
         return
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            limit=connections, keepalive_timeout=_KEEPALIVE_S, ttl_dns_cache=60
-        ),
-        timeout=aiohttp.ClientTimeout(
-            total=target.connect_timeout_s + target.timeout_s,
-            sock_connect=target.connect_timeout_s,
-            sock_read=target.timeout_s,
-        ),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        trust_env=False,
-    ) as session:
-        yield HttpUpstream(session, target, clock)
+    async with open_pool(target, _headers(target), connections=connections) as pool:
+        yield HttpUpstream(pool, target, clock)
+
+
+def _headers(target: Target) -> dict[str, str]:
+    return {
+        "Authorization": target.authorization,
+        "PublicWriteKey": target.bare_key,
+        "Content-Type": "application/json",
+        "User-Agent": f"tranthor-agent/{__version__}",
+        "Accept-Encoding": "identity",  # its answers are short, or not its own
+    }
 
 
 class HttpUpstream:
     """The Tranthor API over HTTP. Made by `open_upstream`."""
 
-    def __init__(self, session: aiohttp.ClientSession, target: Target, clock: Clock) -> None:
-        self._session = session
+    def __init__(self, pool: Pool, target: Target, clock: Clock) -> None:
+        self._pool = pool
         self._target = target
         self._tls: ssl.SSLContext | None = None
-        self._root = target.url.rstrip("/")
-        self._proxy = target.proxy
         # Answers and errors are kept and shown: what they quote of these must not go there.
         self._redactor = Redactor()
         for secret in (target.authorization, target.bare_key, *proxy_secrets(target.proxy or "")):
             self._redactor.add(secret)
-        # Of each request, not of the session: those would go to a proxy with CONNECT, in the clear.
-        self._headers = {
-            "Authorization": target.authorization,
-            "PublicWriteKey": target.bare_key,
-            "Content-Type": "application/json",
-            "User-Agent": f"tranthor-agent/{__version__}",
-        }
         self._clock = clock
 
     async def send(self, endpoint: Endpoint, body: bytes) -> Outcome:
@@ -106,23 +86,8 @@ class HttpUpstream:
         except OSError as exc:  # of ssl, too
             return Misconfigured(_why_no_tls(exc))
         try:
-            async with self._session.post(
-                f"{self._root}/api/public/apps/{endpoint}",
-                data=body if len(body) < _LARGE_BYTES else io.BytesIO(body),
-                headers={**self._headers, "Content-Length": str(len(body))},
-                ssl=self._tls,
-                allow_redirects=False,
-                proxy=self._proxy,
-            ) as response:
-                outcome = classify(
-                    Response(
-                        status=response.status,
-                        headers=response.headers,
-                        body=await _read(response),
-                    ),
-                    now_ms=self._clock.wall_ms(),
-                    clean=self._redactor.clean,
-                )
+            response = await self._pool.post(f"/api/public/apps/{endpoint}", body, self._tls)
+            outcome = classify(response, now_ms=self._clock.wall_ms(), clean=self._redactor.clean)
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
             outcome = _outcome_of(exc)
         if isinstance(outcome, Unavailable | Misconfigured):
@@ -130,14 +95,6 @@ class HttpUpstream:
             why = self._redactor.clean(one_line(outcome.why))
             return replace(outcome, why=why[:_WHY_CHARS])
         return outcome
-
-
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """Return the answer whole, or its beginning: half of one may mean something else."""
-    answer = bytearray()
-    while len(answer) < _ANSWER_BYTES and (piece := await response.content.readany()):
-        answer += piece
-    return bytes(answer[:_ANSWER_BYTES])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,210 @@
+"""One open connection to the upstream: a request out, its answer in, one at a time.
+
+A protocol of our own on llhttp (httptools), as towards the apps: a request over aiohttp's session
+takes four times as long. Who opens connections and keeps them is `agent.forward.pool`.
+Source: RFC 9112.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Callable
+from typing import cast
+
+import aiohttp
+import httptools
+from multidict import CIMultiDict
+
+from agent.forward.disposition import Response
+
+_ANSWER_BYTES = 65_536
+"""How much of an answer is read, and how long its head may be; the API's are empty or short."""
+
+_FINAL = 200
+"""From this status on it is the answer; before it, another one follows (RFC 9110, section 15.2)."""
+
+_SWITCHED = 101
+"""Nobody asked for another protocol: nothing that could be read follows."""
+
+
+class Wire(asyncio.Protocol):
+    """The protocol of one connection. *lost* is told once it can carry nothing more."""
+
+    def __init__(self, *, silence_s: float, lost: Callable[[Wire], None]) -> None:
+        """*silence_s* is how long nothing may be heard of an answer."""
+        self.idle_since_s = 0.0
+        self._silence_s = silence_s
+        self._lost = lost
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport
+        self._parser = httptools.HttpResponseParser(self)
+        # What an old proxy says in its own way is an answer, too; the same that aiohttp lets pass.
+        self._parser.set_dangerous_leniencies(
+            lenient_headers=True,
+            lenient_optional_cr_before_lf=True,
+            lenient_spaces_after_chunk_size=True,
+        )
+        self._answer: asyncio.Future[Response] | None = None
+        """What is waited for; None: nothing was asked."""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._body = bytearray()
+        self._head_bytes = 0
+        self._head_read = False
+        self._heard_s = 0.0
+        self._ends_s = 0.0
+        self._look_due: asyncio.TimerHandle | None = None
+        self._choked = False
+
+    async def exchange(self, request: bytes, *, ends_s: float) -> Response:
+        """Send *request* and return its answer, which may take until *ends_s* of the loop's clock.
+
+        Raises `aiohttp.ClientError`, `TimeoutError` or `OSError`. The connection is then closed, and
+        if cancelled: the answer may still come.
+        """
+        answer: asyncio.Future[Response] = self._loop.create_future()
+        self._answer = answer
+        self._head_bytes, self._head_read = 0, False
+        self._heard_s, self._ends_s = self._loop.time(), ends_s
+        if self._look_due is None:
+            self._look()
+        try:
+            self._transport.write(request)
+            return await answer
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._answer = None
+
+    @property
+    def closed(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        """Hang up. There is nothing left to say, and no farewell of TLS to wait for."""
+        if self._look_due is not None:
+            self._look_due.cancel()
+        self._transport.abort()
+        self._lost(self)
+
+    # --- what the transport tells ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_s = self._loop.time()
+        if not self._head_read:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
+            self._fail(aiohttp.ClientPayloadError(f"not an answer in HTTP ({exc})"))
+        if self._head_bytes > _ANSWER_BYTES and not self._head_read:
+            self._fail(aiohttp.ClientPayloadError("the answer has too long a head"))
+
+    def eof_received(self) -> None:
+        self._end(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(exc)
+
+    def pause_writing(self) -> None:
+        self._choked = True
+
+    def resume_writing(self) -> None:
+        self._choked = False
+        self._heard_s = self._loop.time()
+
+    # --- what the parser tells ---
+
+    def on_message_begin(self) -> None:
+        self._headers = []
+        self._body = bytearray()
+        self._head_read = False
+        if not self._awaits:
+            self.close()  # not asked for: it would be taken for the answer to the next request
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self._head_read = True
+        if sum(len(name) + len(value) for name, value in self._headers) > _ANSWER_BYTES:
+            self._fail(aiohttp.ClientPayloadError("the answer has too long a head"))
+
+    def on_body(self, piece: bytes) -> None:
+        self._body += piece
+        if len(self._body) >= _ANSWER_BYTES:
+            self._finish(keep=False)
+
+    def on_message_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status >= _FINAL or status == _SWITCHED:
+            self._finish(keep=self._parser.should_keep_alive())
+
+    # --- how it ends ---
+
+    @property
+    def _awaits(self) -> bool:
+        return self._answer is not None and not self._answer.done()
+
+    def _end(self, exc: Exception | None) -> None:
+        if self._head_read and exc is None and self._ends_with_the_connection:
+            self._finish(keep=False)
+        elif exc is not None:
+            self._fail(exc)
+        elif self._head_bytes:
+            self._fail(aiohttp.ClientPayloadError("the answer ended half-way"))
+        else:
+            self._fail(aiohttp.ServerDisconnectedError())
+
+    @property
+    def _ends_with_the_connection(self) -> bool:
+        """Whether the head says no other end of the body (RFC 9112, section 6.3)."""
+        names = {name.lower() for name, _ in self._headers}
+        return not names & {b"content-length", b"transfer-encoding"}
+
+    def _finish(self, *, keep: bool) -> None:
+        if self._answer is None or self._answer.done():
+            return
+        headers = CIMultiDict(
+            (name.decode("utf-8", "surrogateescape"), value.decode("utf-8", "surrogateescape"))
+            for name, value in self._headers
+        )
+        try:
+            body = _plain(bytes(self._body), headers.get("Content-Encoding", ""))
+        except zlib.error as exc:
+            self._fail(aiohttp.ClientPayloadError(f"not compressed as it says ({exc})"))
+            return
+        status = self._parser.get_status_code()
+        self._answer.set_result(Response(status=status, headers=headers, body=body[:_ANSWER_BYTES]))
+        if not keep:
+            self.close()
+
+    def _fail(self, exc: Exception) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(exc)
+        self.close()
+
+    def _look(self) -> None:
+        """Give up on an answer that is overdue; else look again when it would be."""
+        self._look_due = None
+        if not self._awaits:
+            return
+        now_s = self._loop.time()
+        if self._choked:  # it is still on its way out
+            self._heard_s = now_s
+        due_s = min(self._ends_s, self._heard_s + self._silence_s)
+        if due_s <= now_s:
+            self._fail(TimeoutError())
+        else:
+            self._look_due = self._loop.call_at(due_s, self._look)
+
+
+def _plain(body: bytes, encoding: str) -> bytes:
+    """Return *body* decompressed: nobody asked for that, but a stranger in between may send it so."""
+    if encoding.lower() not in {"gzip", "x-gzip", "deflate"}:
+        return body
+    return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, _ANSWER_BYTES)
