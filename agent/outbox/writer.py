@@ -316,15 +316,9 @@ class Writer:
         group, results = committed
         self.commits += 1
         self._intake.committed(group, results)
-        stored = {
-            event.upstream
-            for job, result in zip(group.appends, results, strict=True)
-            if isinstance(result, list) and Appended.STORED in result
-            for event in job.events
-        }
-        if stored:
+        if any(isinstance(result, list) and Appended.STORED in result for result in results):
             self._room.full = None
-            self.appended.tell(stored)
+            self.appended.tell({event.upstream for job in group.appends for event in job.events})
         if self.waiters:
             self._tell_waiters(group)
 
