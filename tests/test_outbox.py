@@ -920,6 +920,19 @@ def test_the_database_of_another_program_is_refused_and_left_untouched(
     assert _content(outbox) == before
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_an_outbox_whose_version_never_was_is_set_aside(outbox: Path, older: bool) -> None:
+    asyncio.run(_make(outbox))
+    with contextlib.closing(sqlite3.connect(outbox)) as db:
+        if older:
+            db.execute("DROP TABLE app")
+        db.execute("PRAGMA user_version = -5")
+    before = outbox.read_bytes()
+
+    assert _open_in_a_process(outbox).endswith("opened\n")
+    assert [path.read_bytes() for path in outbox.parent.glob("*.damaged-*[0-9]")] == [before]
+
+
 def test_a_damaged_outbox_is_set_aside_and_a_new_one_begun(outbox: Path) -> None:
     asyncio.run(_make(outbox))
     pages = bytearray(outbox.read_bytes())

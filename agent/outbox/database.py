@@ -310,8 +310,9 @@ def _recognise(db: sqlite3.Connection, path: Path) -> int:
     version = _value(db, "PRAGMA user_version")
     tables = _tables(db)
     foreign = _value(db, "PRAGMA application_id") != schema.APPLICATION_ID
-    if (version or tables) and (foreign or version > schema.VERSION):
-        if tables and tables == _our_tables():
+    if (version or tables) and (foreign or not 0 <= version <= schema.VERSION):
+        never_was = version < 0 and not foreign
+        if never_was or (tables and tables == _our_tables()):
             raise OutboxDamagedError(f"{path}: damaged (the header is not that of its tables)")
         if foreign:
             raise OutboxError(
