@@ -224,6 +224,11 @@ class Damage:
     def hurts_log(self) -> bool:
         return self.way in {*_TO_LOG, everywhere_a_little}
 
+    @property
+    def cuts_log(self) -> bool:
+        """Whether the log ends early, and is sound up to there."""
+        return self.way in {log_cut_at_a_frame, log_cut_anywhere}
+
     def __str__(self) -> str:
         return f"{self.number}-{self.way.__name__}{'-killed' if self.killed else ''}"
 

@@ -190,6 +190,8 @@ async def meet(
     home.furnish(folder)
     async with agent_in(folder, bug) as agent:
         whole, spared = collection.inflict(damaging, agent.outbox)
+        if damaging.cuts_log:
+            spared.up_to_the_last_commit()
         taken_s = await start(agent)
         salvage = (await agent.until(is_over))["salvage"]
         assert await agent.stop() == 0, agent.log.read_text()

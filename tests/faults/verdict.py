@@ -12,6 +12,7 @@ from agent.outbox.salvage.pages import shape_of
 from agent.outbox.salvage.rows import Table, table_of
 from agent.outbox.salvage.survey import Survey, Survivor, survey
 
+_LOG_HEADER_BYTES = 32
 _FRAME_HEADER_BYTES = 24
 
 Extent = tuple[bool, int, int]
@@ -85,6 +86,20 @@ class Spared:
         self._before = [_read(specimen.path), _read(log_of(specimen.path))]
         self._after = [_read(damaged), _read(log_of(damaged))]
         self._known: dict[Extent, bool] = {}
+        self._log_ends = len(self._after[True])
+
+    def up_to_the_last_commit(self) -> None:
+        """Spare nothing behind the last commit of a log that was cut.
+
+        What stands there cannot be told from a commit that was never finished: it is not read, and
+        no damage is seen.
+        """
+        log = self._after[True]
+        stride = _FRAME_HEADER_BYTES + int.from_bytes(log[8:12], "big")
+        self._log_ends = 0
+        for start in range(_LOG_HEADER_BYTES, len(log) - stride + 1, stride):
+            if any(log[start + 4 : start + 8]):  # the size of the database, once a commit ends
+                self._log_ends = start + stride
 
     def event(self, seq: int) -> bool:
         return all(map(self._is_whole, self._extents.events[seq]))
@@ -96,7 +111,7 @@ class Spared:
         if extent not in self._known:
             in_log, start, end = extent
             before, after = self._before[in_log][start:end], self._after[in_log][start:end]
-            self._known[extent] = before == after
+            self._known[extent] = before == after and not (in_log and end > self._log_ends)
         return self._known[extent]
 
 
