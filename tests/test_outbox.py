@@ -819,6 +819,15 @@ async def test_a_failed_write_is_not_acknowledged_and_the_writer_recovers_by_its
         assert ledger.accepted - ledger.pending == 1
 
 
+async def test_who_sends_is_told_to_look_when_the_writer_has_recovered(outbox: Path) -> None:
+    async with _opened(outbox) as (writer, _):
+        await writer.append([_event("a")])
+        appended = writer.appended.of("")
+        with _failing_writes(_bytes(_log_of(outbox))), pytest.raises(OutboxUnavailableError):
+            await writer.append([_event("there, perhaps")])
+        await asyncio.wait_for(appended.wait(), LIMIT_S)
+
+
 async def test_settlements_of_a_failed_transaction_are_applied_once_after_it(
     outbox: Path,
 ) -> None:
