@@ -396,6 +396,22 @@ async def test_a_smaller_quota_holds_for_the_next_event(outbox: Path) -> None:
             await writer.append([_event("second", size=200_000)])
 
 
+async def test_a_smaller_quota_holds_although_it_comes_while_the_room_is_measured(
+    outbox: Path,
+) -> None:
+    roomy = Policy(max_bytes=1 << 30, evicts=False, remember=True)
+
+    def adopt_meanwhile(sql: str) -> None:
+        if "pragma_page_count" in sql:
+            writer.adopt(replace(roomy, max_bytes=256 * 1024))
+
+    async with _opened(outbox, roomy) as (writer, _):
+        await writer.perform(lambda store: store._db.set_trace_callback(adopt_meanwhile))
+        await writer.append([_event("first", size=200_000)])
+        with pytest.raises(OutboxFullError):
+            await writer.append([_event("second", size=200_000)])
+
+
 async def test_what_a_verb_takes_counts_at_once(outbox: Path) -> None:
     quota = 1024 * 1024
     async with _opened(outbox, Policy(max_bytes=quota, evicts=False, remember=True)) as (
@@ -801,6 +817,15 @@ async def test_a_failed_write_is_not_acknowledged_and_the_writer_recovers_by_its
         ledger = await reader.ledger()
         assert ledger.delivered == 1
         assert ledger.accepted - ledger.pending == 1
+
+
+async def test_who_sends_is_told_to_look_when_the_writer_has_recovered(outbox: Path) -> None:
+    async with _opened(outbox) as (writer, _):
+        await writer.append([_event("a")])
+        appended = writer.appended.of("")
+        with _failing_writes(_bytes(_log_of(outbox))), pytest.raises(OutboxUnavailableError):
+            await writer.append([_event("there, perhaps")])
+        await asyncio.wait_for(appended.wait(), LIMIT_S)
 
 
 async def test_settlements_of_a_failed_transaction_are_applied_once_after_it(

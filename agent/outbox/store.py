@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
@@ -17,7 +18,7 @@ import msgspec
 from agent.event import Event
 from agent.outbox.apps import Apps, shared
 from agent.outbox.ids import Id, KnownIds, hash_of, id_of
-from agent.outbox.procedures import MOST_ROWS, Procedures
+from agent.outbox.procedures import MOST_ROWS, KnownError, Procedures
 from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State, label, named
 
 _LAST_SEQ = """
@@ -36,12 +37,6 @@ SELECT upstream, message_id
   FROM event
  WHERE seq = :seq
    AND state = :state
-"""
-
-_STORED_SINCE = """
-SELECT seq
-  FROM event
- WHERE seq >= :first
 """
 
 _COUNT_DUPLICATES = """
@@ -302,17 +297,24 @@ class Store:
         if not one_statement:
             self.begin()
         stored = self._append_fresh(fresh)
-        if one_statement:
-            self.committed()  # it holds, whatever comes of the rest
         results = [Appended.STORED] * len(events)
         if len(stored) < len(events):
             results = self._tell_apart(ids, events, stored)
-        if not one_statement:
-            self.ids.merge()
+        self.ids.merge()
         return results
 
     def _append_fresh(self, fresh: Mapping[Id, Event]) -> dict[Id, int]:
         """Queue those of *fresh* that are not in the index either; return their seqs."""
+        if len(fresh) <= MOST_ROWS:
+            with suppress(KnownError):
+                return self._insert(fresh)
+            self.begin()
+        # Of several statements the first would hold when the second met one that is known.
+        found = self.ids.find(fresh)
+        return self._insert({known: event for known, event in fresh.items() if known not in found})
+
+    def _insert(self, fresh: Mapping[Id, Event]) -> dict[Id, int]:
+        """Queue events that are new; return their seqs. Raises `KnownError`."""
         first = self.last_seq + 1
         # Burnt even if the transaction fails: a seq is never given twice.
         self.last_seq += len(fresh)
@@ -331,16 +333,11 @@ class Store:
             )
             for seq, (known, event) in enumerate(fresh.items(), first)
         ]
-        stored = sum(
+        for start in range(0, len(rows), MOST_ROWS):
             self._procedures.append(rows[start : start + MOST_ROWS])
-            for start in range(0, len(rows), MOST_ROWS)
-        )
         seqs = dict(zip(fresh, range(first, first + len(fresh)), strict=True))
-        if stored < len(rows):
-            present = {seq for (seq,) in self.fetch(_STORED_SINCE, first=first)}
-            seqs = {known: seq for known, seq in seqs.items() if seq in present}
         self.ids.add(seqs)
-        named = [event for known in seqs if (event := fresh[known]).upstream or event.app]
+        named = [event for event in fresh.values() if event.upstream or event.app]
         self._waiting_more.update(event.upstream for event in named if event.upstream)
         for share in shared((event.app, event.body) for event in named):
             self.apps.take_in(share, "pending", now_ms=named[0].received_ms)
@@ -357,7 +354,6 @@ class Store:
             Appended.STORED if is_new else self._compare(event, seqs[known])
             for known, event, is_new in zip(ids, events, new, strict=True)
         ]
-        self.begin()
         self.change(
             _COUNT_DUPLICATES,
             duplicates=len(events) - len(stored),

@@ -418,6 +418,7 @@ class Writer:
                 return
             self._room.disk_full()
         self.fault = None
+        self.appended.set()  # what a failed commit has written may be there
         log.info("outbox.reopened", path=str(self.path))
 
     async def close(self) -> None:
