@@ -7,7 +7,6 @@ It runs in the thread of the write connection (`Database.transact`).
 from __future__ import annotations
 
 import sqlite3
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
@@ -16,6 +15,7 @@ import msgspec
 
 from agent.event import Event
 from agent.outbox.apps import Apps, shared
+from agent.outbox.backlogs import Backlogs
 from agent.outbox.ids import Id, KnownIds, hash_of, id_of
 from agent.outbox.procedures import MOST_ROWS, Procedures
 from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State, label, named
@@ -182,23 +182,6 @@ SELECT pending
   FROM ledger
 """
 
-_NAMED = """
-SELECT upstream, COUNT(*)
-  FROM pending
- WHERE upstream <> ''
- GROUP BY upstream
-"""
-
-# Of `event`, whose rows are small: in `pending` the name stands behind the body.
-_NAMED_AMONG = """
-SELECT event.upstream, COUNT(*)
-  FROM (SELECT DISTINCT value AS seq FROM json_each(:seqs)) AS given
- CROSS JOIN pending ON pending.seq = given.seq
- CROSS JOIN event ON event.seq = given.seq
- WHERE event.upstream <> ''
- GROUP BY event.upstream
-"""
-
 _PAUSED = """
 SELECT paused, paused_upstreams
   FROM ledger
@@ -249,15 +232,8 @@ class Store:
         """How many pending events were evicted or expired: whoever has read some must look again."""
         self.withdrawn_upto = 0
         """The highest seq among those."""
-        self.waiting: Mapping[str, int] = dict(self.fetch(_NAMED))
-        """How many events are pending for each named upstream that has some.
-
-        Counted once, then kept: to count a million each time somebody asks would take too long. Another
-        mapping after each change, so that other threads may read it.
-        """
-        self._waiting_more: Counter[str] = Counter()
-        """What the open transaction changes of that."""
         self.apps = Apps(db)
+        self.backlogs = Backlogs(db)
         self._withdrawing: list[int] = []
         """What the open transaction evicts and expires."""
 
@@ -267,17 +243,13 @@ class Store:
             self.withdrawn_upto = max(self.withdrawn_upto, *self._withdrawing)
             self.withdrawn += len(self._withdrawing)
             self._withdrawing = []
-        if self._waiting_more:
-            waiting = Counter(self.waiting)
-            waiting.update(self._waiting_more)
-            self.waiting = +waiting
-            self._waiting_more = Counter()
         self.apps.committed()
+        self.backlogs.committed()
 
     def rolled_back(self) -> None:
         self.ids.rolled_back()
         self.apps.rolled_back()
-        self._waiting_more = Counter()
+        self.backlogs.rolled_back()
         self._withdrawing = []
 
     def begin(self) -> None:
@@ -341,7 +313,7 @@ class Store:
             seqs = {known: seq for known, seq in seqs.items() if seq in present}
         self.ids.add(seqs)
         named = [event for known in seqs if (event := fresh[known]).upstream or event.app]
-        self._waiting_more.update(event.upstream for event in named if event.upstream)
+        self.backlogs.grow(event.upstream for event in named)
         for share in shared((event.app, event.body) for event in named):
             self.apps.take_in(share, "pending", now_ms=named[0].received_ms)
         return seqs
@@ -411,7 +383,7 @@ class Store:
             not retries
             and not buries
             and remember
-            and not self.waiting
+            and not self.backlogs.pending
             and not self.apps.holds("pending")
         )
         if not one_statement:
@@ -459,7 +431,7 @@ class Store:
             self.ids.forget([(event_id, seq)])
             self.ids.add({event_id: self.last_seq})
             if not isinstance(event_id, str):
-                self._waiting_more[event_id[0]] += 1
+                self.backlogs.grow([event_id[0]])
             rows.append({"seq": seq, "new_seq": self.last_seq, "now_ms": now_ms})
         self.apps.move(self.apps.shares([row["seq"] for row in rows], "dead"), "dead", "pending")
         self.change_each(_MARK_REQUEUED, rows)
@@ -515,21 +487,16 @@ class Store:
         ((pending,),) = self.fetch(_PENDING)
         return pending  # type: ignore[no-any-return]
 
-    def restored(self, upstreams: Iterable[str]) -> None:
-        """Count events that became pending by another way than these verbs, by their upstreams."""
-        self._waiting_more.update(name for name in upstreams if name)
-
     def _delete_pending(
         self, seqs: list[int], to: Literal["delivered", "dead", "discarded"]
     ) -> None:
         self._leave_queue(seqs, to)
-        self.change(_DELETE_PENDING, seqs=_json(seqs))
+        self.change(_DELETE_PENDING, seqs=msgspec.json.encode(seqs).decode())
 
     def _leave_queue(self, seqs: list[int], to: Literal["delivered", "dead", "discarded"]) -> None:
         """Count for their apps and upstreams that those of *seqs* that are pending soon are not."""
         self.apps.move(self.apps.shares(seqs, "pending"), "pending", to)
-        if self.waiting or self._waiting_more:
-            self._waiting_more.subtract(dict(self.fetch(_NAMED_AMONG, seqs=_json(seqs))))
+        self.backlogs.shrink(seqs)
 
     def prune(self, cutoff_ms: int, *, limit: int) -> int:
         """Forget at most *limit* ids that were delivered before *cutoff_ms*; return how many."""
@@ -595,7 +562,3 @@ class Store:
 
     def fetch(self, sql: str, **values: Any) -> list[Any]:
         return self._db.execute(sql, values).fetchall()
-
-
-def _json(seqs: list[int]) -> str:
-    return msgspec.json.encode(seqs).decode()
