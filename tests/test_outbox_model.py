@@ -35,7 +35,7 @@ from outboxes import used_bytes
 
 from agent.errors import OutboxFullError
 from agent.event import Event, lane_of
-from agent.outbox import ids
+from agent.outbox import ids, pauses
 from agent.outbox.reader import Reader, open_own_reader, open_reader
 from agent.outbox.records import (
     Ack,
@@ -564,7 +564,7 @@ def verb_of(verb: Verb, now_ms: int) -> Callable[[Store], int]:
             case Prune(cutoff_ms):
                 return store.prune(cutoff_ms, limit=1000)
             case Pause(paused):
-                (store.pause if paused else store.resume)()
+                (pauses.pause if paused else pauses.resume)(store)
                 return 0
 
     return run

@@ -18,7 +18,7 @@ from agent.outbox.apps import Apps, shared
 from agent.outbox.backlogs import Backlogs
 from agent.outbox.ids import Id, KnownIds, hash_of, id_of
 from agent.outbox.procedures import MOST_ROWS, Procedures
-from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State, label, named
+from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State
 
 _LAST_SEQ = """
 SELECT last_seq
@@ -180,17 +180,6 @@ SELECT seq
 _PENDING = """
 SELECT pending
   FROM ledger
-"""
-
-_PAUSED = """
-SELECT paused, paused_upstreams
-  FROM ledger
-"""
-
-_SET_PAUSED = """
-UPDATE ledger
-   SET paused = :paused,
-       paused_upstreams = :names
 """
 
 _TOUCH = """
@@ -515,23 +504,6 @@ class Store:
             for seq in seqs
             for upstream, message_id in self.fetch(_ID, seq=seq, state=state)
         ]
-
-    def pause(self, upstream: str | None = None) -> None:
-        """Remember a pause of one upstream; None: of all."""
-        ((paused, names),) = self.fetch(_PAUSED)
-        if upstream is None or paused:
-            self._set_paused(True)
-        else:
-            self._set_paused(False, {*named(names), upstream})
-
-    def resume(self, upstream: str | None = None, *, known: Iterable[str] = ()) -> None:
-        """End the pause of one upstream, so that of all *known* the others stay paused; None: of all."""
-        ((paused, names),) = self.fetch(_PAUSED)
-        still = () if upstream is None else known if paused else named(names)
-        self._set_paused(False, {*still} - {upstream})
-
-    def _set_paused(self, paused: bool, upstreams: Iterable[str] = ()) -> None:
-        self.change(_SET_PAUSED, paused=paused, names=" ".join(sorted(map(label, upstreams))))
 
     def touch(self) -> None:
         """Write something that means nothing, to see whether it can be written: a seq is burnt.
