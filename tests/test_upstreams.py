@@ -38,7 +38,7 @@ from agent.ingest.guard import Guard
 from agent.ingest.reply import Later
 from agent.ingest.routes import Mount, Routes
 from agent.keys import example
-from agent.outbox import pauses, schema
+from agent.outbox import letters, pauses, schema
 from agent.outbox import reader as reading
 from agent.outbox.reader import Reader, open_own_reader
 from agent.outbox.records import Ack, App, Appended, Bury, Policy, Selection
@@ -237,7 +237,7 @@ async def test_a_dead_letter_goes_back_to_its_own_upstream(tmp_path: Path) -> No
         (mine,) = await reader.select("dead", Selection(upstream="default"), limit=10)
         assert (letter.upstream, mine.upstream) == ("crm", "")
 
-        await writer.perform(lambda store: store.requeue([letter.seq], now_ms=1))
+        await writer.perform(lambda store: letters.requeue(store, [letter.seq], now_ms=1))
 
         assert await queue(reader, "crm") == ["id"]
         assert await queue(reader, "") == await queue(reader, "shop") == []

@@ -8,7 +8,8 @@
     store      the SQL verbs, in a transaction of the writer's; `ids` knows each messageId, `apps` what
                came from which app, `backlogs` what waits for which upstream, and `procedures` does
                in one statement what is done for every event
-    pauses     what a person has paused, over a restart
+    letters, pauses
+               the verbs of a person
     news       wakes the forwarder that an event is for
     reader     short queries, of the daemon's and of others; `search` words those of people
     lock       one writer per outbox; `files` what each file is called, and whose it is

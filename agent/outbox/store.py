@@ -110,40 +110,6 @@ UPDATE ledger
        dead    = dead + :n
 """
 
-_MARK_REQUEUED = """
-UPDATE event
-   SET seq = :new_seq,
-       state = 'pending',
-       settled_ms = NULL
- WHERE seq = :seq
-   AND state = 'dead'
-"""
-
-_MOVE_REQUEUED = """
-INSERT INTO pending (seq, kind, lane, queued_ms, body, upstream)
-SELECT :new_seq, kind, lane, :now_ms, body, upstream
-  FROM dead
- WHERE seq = :seq
-"""
-
-_DELETE_DEAD = """
-DELETE FROM dead
- WHERE seq = :seq
-"""
-
-_COUNT_REQUEUED = """
-UPDATE ledger
-   SET last_seq = :last_seq,
-       dead     = dead - :n,
-       pending  = pending + :n
-"""
-
-_COUNT_DISCARDED_DEAD = """
-UPDATE ledger
-   SET dead      = dead - :n,
-       discarded = discarded + :n
-"""
-
 _OLDEST = """
 SELECT seq, length(body)
   FROM pending
@@ -388,7 +354,7 @@ class Store:
         self._leave_queue(acks, "delivered")
         delivered = self._procedures.ack(acks, now_ms=now_ms)
         if not remember:
-            self._forget(acks, "delivered")
+            self.forget(acks, "delivered")
         if delivered < len(acks):
             self._ack_expired(acks, now_ms=now_ms, remember=remember)
 
@@ -402,7 +368,7 @@ class Store:
                 if remember:
                     self.change(_MARK_EXPIRED_DELIVERED, seq=seq, now_ms=now_ms)
                 else:
-                    self._forget([seq], "dead")
+                    self.forget([seq], "dead")
                 self.change(_COUNT_EXPIRED_DELIVERED)
 
     def _bury(self, rows: list[dict[str, Any]]) -> int:
@@ -411,31 +377,6 @@ class Store:
         buried = self.change_each(_MARK_DEAD, rows)
         self.change(_COUNT_BURIED, n=buried)
         return buried
-
-    def requeue(self, seqs: Sequence[int], *, now_ms: int) -> int:
-        """Put dead letters back, at the end of the queue in the order given; return how many."""
-        rows: list[dict[str, Any]] = []
-        for event_id, seq in self._ids(dict.fromkeys(seqs), "dead"):
-            self.last_seq += 1
-            self.ids.forget([(event_id, seq)])
-            self.ids.add({event_id: self.last_seq})
-            if not isinstance(event_id, str):
-                self.backlogs.grow([event_id[0]])
-            rows.append({"seq": seq, "new_seq": self.last_seq, "now_ms": now_ms})
-        self.apps.move(self.apps.shares([row["seq"] for row in rows], "dead"), "dead", "pending")
-        self.change_each(_MARK_REQUEUED, rows)
-        self.change_each(_MOVE_REQUEUED, rows)
-        self.change_each(_DELETE_DEAD, rows)
-        self.change(_COUNT_REQUEUED, last_seq=self.last_seq, n=len(rows))
-        return len(rows)
-
-    def discard(self, seqs: Sequence[int]) -> int:
-        """Delete dead letters for good; return how many."""
-        self.apps.move(self.apps.shares(seqs, "dead"), "dead", "discarded")
-        discarded = self._forget(seqs, "dead")
-        self.change_each(_DELETE_DEAD, [{"seq": seq} for seq in seqs])
-        self.change(_COUNT_DISCARDED_DEAD, n=discarded)
-        return discarded
 
     def evict(self, room_bytes: int, *, limit: int) -> int:
         """Discard the oldest pending, at most *limit*, until their bodies add up to *room_bytes*."""
@@ -447,7 +388,7 @@ class Store:
             seqs.append(seq)
             freed += size
         self._delete_pending(seqs, "discarded")
-        evicted = self._forget(seqs, "pending")
+        evicted = self.forget(seqs, "pending")
         self.change(_COUNT_EVICTED, n=evicted)
         self._withdrawing += seqs
         return evicted
@@ -490,15 +431,16 @@ class Store:
     def prune(self, cutoff_ms: int, *, limit: int) -> int:
         """Forget at most *limit* ids that were delivered before *cutoff_ms*; return how many."""
         seqs = [seq for (seq,) in self.fetch(_DELIVERED_BEFORE, cutoff_ms=cutoff_ms, limit=limit)]
-        return self._forget(seqs, "delivered")
+        return self.forget(seqs, "delivered")
 
-    def _forget(self, seqs: Iterable[int], state: State) -> int:
+    def forget(self, seqs: Iterable[int], state: State) -> int:
         """Forget the events among *seqs* that are in *state*; return how many."""
-        ids = self._ids(seqs, state)
+        ids = self.ids_of(seqs, state)
         self.ids.forget(ids)
         return self.change_each(_FORGET, [{"seq": seq, "state": state} for _, seq in ids])
 
-    def _ids(self, seqs: Iterable[int], state: State) -> list[tuple[Id, int]]:
+    def ids_of(self, seqs: Iterable[int], state: State) -> list[tuple[Id, int]]:
+        """Return (id, seq) of the events among *seqs* that are in *state*."""
         return [
             (id_of(upstream, message_id), seq)
             for seq in seqs
