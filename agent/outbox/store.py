@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, assert_never
 
 import msgspec
@@ -314,7 +314,7 @@ class Store:
         """
         acks: list[int] = []
         retries: list[dict[str, Any]] = []
-        buries: list[dict[str, Any]] = []
+        buries: list[Bury] = []
         for settlement in settlements:
             match settlement:
                 case Ack(seq):
@@ -322,16 +322,7 @@ class Store:
                 case Retry(seq):
                     retries.append({"seq": seq, "now_ms": now_ms})
                 case Bury():
-                    buries.append(
-                        {
-                            "seq": settlement.seq,
-                            "now_ms": now_ms,
-                            "attempts": 1,
-                            "reason": settlement.reason,
-                            "status": settlement.status,
-                            "answer": settlement.answer,
-                        }
-                    )
+                    buries.append(settlement)
                 case _:
                     assert_never(settlement)
         one_statement = (
@@ -348,7 +339,7 @@ class Store:
         if retries:
             self.change_each(_COUNT_ATTEMPT, retries)
         if buries:
-            self._bury(buries)
+            self._bury(buries, attempts=1, now_ms=now_ms)
 
     def _ack(self, acks: list[int], *, now_ms: int, remember: bool) -> None:
         self._leave_queue(acks, "delivered")
@@ -371,7 +362,9 @@ class Store:
                     self.forget([seq], "dead")
                 self.change(_COUNT_EXPIRED_DELIVERED)
 
-    def _bury(self, rows: list[dict[str, Any]]) -> int:
+    def _bury(self, buries: Iterable[Bury], *, attempts: int, now_ms: int) -> int:
+        """Set those aside that are still pending, after so many more *attempts*; return how many."""
+        rows = [{**asdict(bury), "attempts": attempts, "now_ms": now_ms} for bury in buries]
         self.change_each(_INSERT_DEAD, rows)
         self._delete_pending([row["seq"] for row in rows], "dead")
         buried = self.change_each(_MARK_DEAD, rows)
@@ -395,21 +388,10 @@ class Store:
 
     def expire(self, cutoff_ms: int, *, now_ms: int, limit: int) -> int:
         """Set aside those of the oldest *limit* pending that were queued before *cutoff_ms*."""
-        seqs = self.fetch(_EXPIRED, cutoff_ms=cutoff_ms, limit=limit)
-        expired = self._bury(
-            [
-                {
-                    "seq": seq,
-                    "now_ms": now_ms,
-                    "attempts": 0,
-                    "reason": "expired",
-                    "status": None,
-                    "answer": "",
-                }
-                for (seq,) in seqs
-            ]
-        )
-        self._withdrawing += [seq for (seq,) in seqs]
+        seqs = [seq for (seq,) in self.fetch(_EXPIRED, cutoff_ms=cutoff_ms, limit=limit)]
+        buries = [Bury(seq=seq, reason="expired", status=None, answer="") for seq in seqs]
+        expired = self._bury(buries, attempts=0, now_ms=now_ms)
+        self._withdrawing += seqs
         return expired
 
     def pending(self) -> int:
