@@ -171,8 +171,8 @@ class Space:
 class Store:
     """The verbs, on the one write connection.
 
-    Each expects an open transaction. `append` and `settle` begin one themselves, unless they are a
-    single statement, which is one by itself.
+    Each expects an open transaction, but `append` and `settle`: these begin one, unless a single
+    statement is all there is to do, which is a transaction by itself.
     """
 
     def __init__(self, db: sqlite3.Connection) -> None:
@@ -371,15 +371,26 @@ class Store:
         self.change(_COUNT_BURIED, n=buried)
         return buried
 
+    def _delete_pending(
+        self, seqs: list[int], to: Literal["delivered", "dead", "discarded"]
+    ) -> None:
+        self._leave_queue(seqs, to)
+        self.change(_DELETE_PENDING, seqs=msgspec.json.encode(seqs).decode())
+
+    def _leave_queue(self, seqs: list[int], to: Literal["delivered", "dead", "discarded"]) -> None:
+        """Take those of *seqs* that are pending off the counts of their apps and upstreams."""
+        self.apps.move(self.apps.shares(seqs, "pending"), "pending", to)
+        self.backlogs.shrink(seqs)
+
     def evict(self, room_bytes: int, *, limit: int) -> int:
         """Discard the oldest pending, at most *limit*, until their bodies add up to *room_bytes*."""
         seqs: list[int] = []
-        freed = 0
-        for seq, size in self.fetch(_OLDEST, limit=limit):
-            if freed >= room_bytes:
+        freed_bytes = 0
+        for seq, body_bytes in self.fetch(_OLDEST, limit=limit):
+            if freed_bytes >= room_bytes:
                 break
             seqs.append(seq)
-            freed += size
+            freed_bytes += body_bytes
         self._delete_pending(seqs, "discarded")
         evicted = self.forget(seqs, "pending")
         self.change(_COUNT_EVICTED, n=evicted)
@@ -393,22 +404,6 @@ class Store:
         expired = self._bury(buries, attempts=0, now_ms=now_ms)
         self._withdrawing += seqs
         return expired
-
-    def pending(self) -> int:
-        """Return how many events are pending."""
-        ((pending,),) = self.fetch(_PENDING)
-        return pending  # type: ignore[no-any-return]
-
-    def _delete_pending(
-        self, seqs: list[int], to: Literal["delivered", "dead", "discarded"]
-    ) -> None:
-        self._leave_queue(seqs, to)
-        self.change(_DELETE_PENDING, seqs=msgspec.json.encode(seqs).decode())
-
-    def _leave_queue(self, seqs: list[int], to: Literal["delivered", "dead", "discarded"]) -> None:
-        """Count for their apps and upstreams that those of *seqs* that are pending soon are not."""
-        self.apps.move(self.apps.shares(seqs, "pending"), "pending", to)
-        self.backlogs.shrink(seqs)
 
     def prune(self, cutoff_ms: int, *, limit: int) -> int:
         """Forget at most *limit* ids that were delivered before *cutoff_ms*; return how many."""
@@ -428,6 +423,11 @@ class Store:
             for seq in seqs
             for upstream, message_id in self.fetch(_ID, seq=seq, state=state)
         ]
+
+    def pending(self) -> int:
+        """Return how many events are pending."""
+        ((pending,),) = self.fetch(_PENDING)
+        return pending  # type: ignore[no-any-return]
 
     def touch(self) -> None:
         """Write something that means nothing, to see whether it can be written: a seq is burnt.
