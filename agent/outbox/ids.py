@@ -107,7 +107,7 @@ class KnownIds:
         return bool(self._unmerged) or len(self._recent) >= RECENT
 
     def recall(self, ids: Iterable[Id]) -> dict[Id, int]:
-        """Return the seqs of those of *ids* that are known and may be in the index not yet."""
+        """Return the seqs of those of *ids* that memory knows: the index may not have them yet."""
         found: dict[Id, int] = {}
         for known in ids:
             seq = self._added.get(known) or self._recent.get(known) or self._merging.get(known)
