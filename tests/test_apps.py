@@ -51,7 +51,8 @@ from agent.ingest.guard import Guard
 from agent.ingest.sockets import bind_unix
 from agent.observe.logs import Redactor
 from agent.outbox import letters
-from agent.outbox.reader import Reader, open_own_reader
+from agent.outbox.access import open_own_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, App, Appended, Bury, Policy, Quotas, Selection
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.salvage import survey

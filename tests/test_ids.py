@@ -11,8 +11,8 @@ import pytest
 from agent.clock import SystemClock
 from agent.event import Event
 from agent.outbox import ids, letters, schema
+from agent.outbox.access import open_own_reader
 from agent.outbox.ids import id_hash
-from agent.outbox.reader import open_own_reader
 from agent.outbox.records import Ack, Appended, Bury, Policy, Selection
 from agent.outbox.store import Store
 from agent.outbox.writer import open_writer

@@ -39,8 +39,9 @@ from agent.errors import (
 )
 from agent.event import Event
 from agent.outbox import letters, schema
+from agent.outbox.access import open_own_reader, open_reader
 from agent.outbox.intake import QUEUE_BYTES, QUEUE_EVENTS
-from agent.outbox.reader import Reader, open_own_reader, open_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, Appended, Bury, Ledger, Policy, Selection
 from agent.outbox.store import Store
 from agent.outbox.writer import Writer, open_writer

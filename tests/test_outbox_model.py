@@ -36,7 +36,8 @@ from outboxes import used_bytes
 from agent.errors import OutboxFullError
 from agent.event import Event, lane_of
 from agent.outbox import ids, letters, pauses
-from agent.outbox.reader import Reader, open_own_reader, open_reader
+from agent.outbox.access import open_own_reader, open_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import (
     Ack,
     App,

@@ -11,7 +11,8 @@ from outboxes import used_bytes
 
 from agent.event import Event
 from agent.outbox import letters
-from agent.outbox.reader import Reader, open_own_reader
+from agent.outbox.access import open_own_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, Appended, Policy, Receipt, Retention, Selection
 from agent.outbox.upkeep import tend
 from agent.outbox.writer import Writer, open_writer

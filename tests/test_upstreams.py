@@ -40,7 +40,8 @@ from agent.ingest.routes import Mount, Routes
 from agent.keys import example
 from agent.outbox import letters, pauses, schema
 from agent.outbox import reader as reading
-from agent.outbox.reader import Reader, open_own_reader
+from agent.outbox.access import open_own_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, App, Appended, Bury, Policy, Selection
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.salvage import surviving

@@ -38,7 +38,8 @@ from agent.errors import AgentError, OutboxError
 from agent.flow import Wait
 from agent.observe import logs
 from agent.outbox import lock, pauses
-from agent.outbox.reader import Reader, open_own_reader, open_reader
+from agent.outbox.access import open_own_reader, open_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import Policy, Receipt, Selection, State, label, unlabel
 from agent.outbox.store import Store
 from agent.outbox.writer import Writer, open_writer

@@ -11,7 +11,8 @@
     letters, pauses
                the verbs of a person
     news       wakes the forwarder that an event is for
-    reader     short queries, of the daemon's and of others; `search` words those of people
+    reader     short queries, of the daemon's and of others; `search` words those of people, `access`
+               is how a reader gets in
     lock       one writer per outbox; `files` what each file is called, and whose it is
     upkeep     what is due from time to time
     aside, rescue, restore, salvage

@@ -30,7 +30,7 @@ from agent.console.receipts import view
 from agent.contract import read_event
 from agent.event import Event
 from agent.outbox import letters, schema
-from agent.outbox.reader import open_reader
+from agent.outbox.access import open_reader
 from agent.outbox.records import Ack, Bury, Policy, Reason, Retry, Selection, State
 from agent.outbox.store import Store
 from agent.outbox.writer import Writer, open_writer
