@@ -376,7 +376,7 @@ class Forwarder:
         self._conclude(claim, ticket, outcome)
 
     def _without(self, claim: Claim, gone: list[Head]) -> Claim:
-        """Be through with those of *claim* that are *gone* from the outbox; return the rest."""
+        """Return *claim* without what is *gone* from the outbox, whose lanes move on."""
         self._tally.clear(head.seq for head in gone)
         self._supply.lanes.done(gone)
         left = tuple(head for head in claim.heads if head not in gone)

@@ -1,4 +1,4 @@
-"""The verbs by which a dead letter comes back to life, or is gone for good."""
+"""The verbs on dead letters: back to the queue, or gone for good. `Store.settle` and `expire` make them."""
 
 from __future__ import annotations
 
