@@ -214,12 +214,12 @@ class Store:
 
     def append(self, events: Sequence[Event]) -> list[Appended]:
         """Queue the events whose ids are not known yet; return what became of each, in order."""
-        ids = [id_of(event.upstream, event.message_id) for event in events]
+        ids = [_id(event) for event in events]
         recalled = self.ids.recall(ids)
         fresh: dict[Id, Event] = {}
-        for known, event in zip(ids, events, strict=True):
-            if known not in recalled:
-                fresh.setdefault(known, event)
+        for event_id, event in zip(ids, events, strict=True):
+            if event_id not in recalled:
+                fresh.setdefault(event_id, event)
         one_statement = (
             not self._db.in_transaction
             and len(fresh) == len(events) <= MOST_ROWS
@@ -247,7 +247,7 @@ class Store:
             (
                 seq,
                 event.message_id,
-                hash_of(known),
+                hash_of(event_id),
                 event.digest,
                 event.kind,
                 event.lane,
@@ -256,7 +256,7 @@ class Store:
                 event.upstream,
                 event.app,
             )
-            for seq, (known, event) in enumerate(fresh.items(), first)
+            for seq, (event_id, event) in enumerate(fresh.items(), first)
         ]
         stored = sum(
             self._procedures.append(rows[start : start + MOST_ROWS])
@@ -265,9 +265,9 @@ class Store:
         seqs = dict(zip(fresh, range(first, first + len(fresh)), strict=True))
         if stored < len(rows):
             present = {seq for (seq,) in self.fetch(_STORED_SINCE, first=first)}
-            seqs = {known: seq for known, seq in seqs.items() if seq in present}
+            seqs = {event_id: seq for event_id, seq in seqs.items() if seq in present}
         self.ids.add(seqs)
-        named = [event for known in seqs if (event := fresh[known]).upstream or event.app]
+        named = [event for event_id in seqs if (event := fresh[event_id]).upstream or event.app]
         self.backlogs.grow(event.upstream for event in named)
         for share in shared((event.app, event.body) for event in named):
             self.apps.take_in(share, "pending", now_ms=named[0].received_ms)
@@ -278,11 +278,13 @@ class Store:
     ) -> list[Appended]:
         """Return what became of *events*, of which some were known; the first of an id was *stored*."""
         left = dict(stored)
-        new = [left.pop(known, None) is not None for known in ids]
-        seqs = self.ids.find({known for known, is_new in zip(ids, new, strict=True) if not is_new})
+        new = [left.pop(event_id, None) is not None for event_id in ids]
+        seqs = self.ids.find(
+            {event_id for event_id, is_new in zip(ids, new, strict=True) if not is_new}
+        )
         results = [
-            Appended.STORED if is_new else self._compare(event, seqs[known])
-            for known, event, is_new in zip(ids, events, new, strict=True)
+            Appended.STORED if is_new else self._compare(event, seqs[event_id])
+            for event_id, event, is_new in zip(ids, events, new, strict=True)
         ]
         self.begin()
         self.change(
@@ -298,13 +300,13 @@ class Store:
 
     def knows_all(self, events: Sequence[Event]) -> bool:
         """Return whether each id is pending, dead or remembered as delivered."""
-        ids = {id_of(event.upstream, event.message_id) for event in events}
+        ids = {_id(event) for event in events}
         return len(self.ids.find(ids)) == len(ids)
 
     def unknown(self, events: Sequence[Event]) -> list[Event]:
         """Return those whose id is not known yet."""
-        known = self.ids.find({id_of(event.upstream, event.message_id) for event in events})
-        return [event for event in events if id_of(event.upstream, event.message_id) not in known]
+        known = self.ids.find({_id(event) for event in events})
+        return [event for event in events if _id(event) not in known]
 
     def settle(self, settlements: Iterable[Settlement], *, now_ms: int, remember: bool) -> None:
         """Apply what the forwarder decided. Without *remember*, a delivered id is forgotten at once.
@@ -458,3 +460,7 @@ class Store:
 
     def fetch(self, sql: str, **values: Any) -> list[Any]:
         return self._db.execute(sql, values).fetchall()
+
+
+def _id(event: Event) -> Id:
+    return id_of(event.upstream, event.message_id)
