@@ -125,6 +125,28 @@ async def test_a_rolled_back_event_is_not_known(outbox: Path) -> None:
         assert await writer.append([_event("big")]) == [Appended.STORED]
 
 
+@pytest.mark.parametrize("most_rows", [4, 256])
+async def test_what_is_known_is_found_among_many_that_are_new(
+    outbox: Path, monkeypatch: pytest.MonkeyPatch, most_rows: int
+) -> None:
+    monkeypatch.setattr("agent.outbox.store.MOST_ROWS", most_rows)
+    async with open_writer(outbox, POLICY, SystemClock()) as writer:
+        await writer.append([_event(f"id{number}") for number in range(0, 30, 3)])
+        for number in range(100, 110):  # so that those go into the index
+            await writer.append([_event(f"id{number}")])
+        answers = await writer.append([_event(f"id{number}") for number in range(30)])
+
+    known = [Appended.REPLAYED, Appended.STORED, Appended.STORED]
+    assert answers == known * 10
+    with contextlib.closing(sqlite3.connect(f"file:{outbox}?mode=ro", uri=True)) as db:
+        assert db.execute("SELECT accepted, pending, duplicates FROM ledger").fetchall() == [
+            (40, 40, 10)
+        ]
+        assert db.execute("SELECT COUNT(*), COUNT(DISTINCT message_id) FROM event").fetchall() == [
+            (40, 40)
+        ]
+
+
 async def test_large_transactions_leave_no_more_in_memory_than_small_ones(outbox: Path) -> None:
     async with open_writer(outbox, POLICY, SystemClock()) as writer:
         for group in range(20):
@@ -133,7 +155,7 @@ async def test_large_transactions_leave_no_more_in_memory_than_small_ones(outbox
         assert len(_indexed(outbox)) >= 20 * 20 - 3 * 20
 
 
-def test_what_one_statement_has_stored_is_known_though_the_next_one_fails(
+def test_nothing_of_a_call_that_fails_is_stored_though_the_index_knows_a_part_of_it(
     outbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with contextlib.closing(sqlite3.connect(outbox, isolation_level=None)) as db:
@@ -156,5 +178,5 @@ def test_what_one_statement_has_stored_is_known_though_the_next_one_fails(
         store.rolled_back()
 
         monkeypatch.undo()
-        assert store.append([_event("new")]) == [Appended.REPLAYED]
-        assert store.fetch("SELECT accepted, pending FROM ledger") == [(31, 31)]
+        assert store.fetch("SELECT accepted, pending FROM ledger") == [(30, 30)]
+        assert store.append([_event("new")]) == [Appended.STORED]

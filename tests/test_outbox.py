@@ -397,6 +397,22 @@ async def test_a_smaller_quota_holds_for_the_next_event(outbox: Path) -> None:
             await writer.append([_event("second", size=200_000)])
 
 
+async def test_a_smaller_quota_holds_although_it_comes_while_the_room_is_measured(
+    outbox: Path,
+) -> None:
+    roomy = Policy(max_bytes=1 << 30, evicts=False, remember=True)
+
+    def adopt_meanwhile(sql: str) -> None:
+        if "pragma_page_count" in sql:
+            writer.adopt(replace(roomy, max_bytes=256 * 1024))
+
+    async with _opened(outbox, roomy) as (writer, _):
+        await writer.perform(lambda store: store._db.set_trace_callback(adopt_meanwhile))
+        await writer.append([_event("first", size=200_000)])
+        with pytest.raises(OutboxFullError):
+            await writer.append([_event("second", size=200_000)])
+
+
 async def test_what_a_verb_takes_counts_at_once(outbox: Path) -> None:
     quota = 1024 * 1024
     async with _opened(outbox, Policy(max_bytes=quota, evicts=False, remember=True)) as (

@@ -8,7 +8,7 @@ open, and SQLite carries all of it out without the interpreter.
 SQLite has no stored procedures; a trigger on a view comes to the same. Views and triggers are temporary:
 they belong to the write connection, and are not in the file.
 
-    INSERT INTO incoming  ─▶  event · pending · ledger     a row each; what is known is left out
+    INSERT INTO incoming  ─▶  event · pending · ledger     a row each, or none if any is known
     INSERT INTO acked     ─▶  pending · event · ledger     one row, with the seqs as JSON
 """
 
@@ -37,13 +37,13 @@ _INSTALL = (
     """
     CREATE TEMP TRIGGER IF NOT EXISTS append INSTEAD OF INSERT ON incoming
       WHEN NEW.seq IS NOT NULL
-       AND NOT EXISTS (SELECT 1
-                         FROM known
-                         JOIN event USING (seq)
-                        WHERE known.id_hash = NEW.id_hash
-                          AND event.message_id = NEW.message_id
-                          AND event.upstream = NEW.upstream)
      BEGIN
+           SELECT RAISE(ABORT, 'known')
+             FROM known
+             JOIN event USING (seq)
+            WHERE known.id_hash = NEW.id_hash
+              AND event.message_id = NEW.message_id
+              AND event.upstream = NEW.upstream;
            INSERT INTO event (seq, message_id, digest, state, accepted_ms, upstream, app)
            VALUES (NEW.seq, NEW.message_id, NEW.digest, 'pending', NEW.received_ms, NEW.upstream,
                    NEW.app);
@@ -86,8 +86,10 @@ Row = tuple[int, str, int, bytes, str, int, int, bytes, str, str]
 """A row of `incoming`: seq, message_id, id_hash, digest, kind, lane, received_ms, body, upstream, app."""
 
 _COLUMNS = 10
-_APPENDED_ROWS = 3
-"""What one event changes that is appended: a row of three tables."""
+
+
+class KnownError(Exception):
+    """One of the events to append is in the index of ids already; none was stored."""
 
 
 class Procedures:
@@ -98,13 +100,16 @@ class Procedures:
         for statement in _INSTALL:
             db.execute(statement)
 
-    def append(self, rows: Sequence[Row]) -> int:
-        """Store at most `MOST_ROWS` new events; return how many were new to the index of ids."""
-        before = self._db.total_changes
+    def append(self, rows: Sequence[Row]) -> None:
+        """Store at most `MOST_ROWS` new events. Raises `KnownError`, and then has stored none."""
         size = 1 << (len(rows) - 1).bit_length()
         filling = repeat(None, _COLUMNS * (size - len(rows)))
-        self._db.execute(_insertion(size), [*chain.from_iterable(rows), *filling])
-        return (self._db.total_changes - before) // _APPENDED_ROWS
+        try:
+            self._db.execute(_insertion(size), [*chain.from_iterable(rows), *filling])
+        except sqlite3.IntegrityError as exc:
+            if exc.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_TRIGGER:
+                raise KnownError from exc
+            raise
 
     def ack(self, seqs: Sequence[int], *, now_ms: int) -> int:
         """Settle pending events as delivered; return how many still were pending."""

@@ -55,6 +55,8 @@ class Room:
         self._forgotten = 0
         self._plenty_bytes = 0
         """What may be let in before the database is asked again how much room there is."""
+        self._plenty_by = policy
+        """What says so: another may be adopted at any moment, in the thread of the event loop."""
 
     def let_in(self, store: Store, calls: Sequence[Sequence[Event]]) -> Results:
         """Store the events of those *calls* that there is room for, each whole or not at all.
@@ -112,7 +114,10 @@ class Room:
         """
         self._plenty_bytes -= _footprint(events)
         return (
-            self._plenty_bytes >= 0 and self.reserve.held and not any(event.app for event in events)
+            self._plenty_bytes >= 0
+            and self._plenty_by is self._policy
+            and self.reserve.held
+            and not any(event.app for event in events)
         )
 
     def _judge(
@@ -187,7 +192,6 @@ class Room:
     def adopt(self, policy: Policy) -> None:
         """Go by *policy* from the next admission on; the reserve stays as large as it is."""
         self._policy = policy
-        self.look_anew()
 
     def _quota_full(self, space: Space) -> OutboxFullError:
         self.lacks_disk = False
@@ -199,7 +203,8 @@ class Room:
 
     def _quota_left(self, store: Store, calls: Sequence[Sequence[Event]]) -> int:
         """Return the bytes that may still be stored, having made room as far as the policy lets."""
-        max_bytes = self._policy.max_bytes
+        policy = self._policy
+        max_bytes = policy.max_bytes
         wanted_bytes = sum(
             footprint
             for footprint in map(_footprint, calls)
@@ -207,6 +212,7 @@ class Room:
         )
         left_bytes = max_bytes - store.space().used
         self._plenty_bytes = (left_bytes - wanted_bytes) // _LOOK_AGAIN
+        self._plenty_by = policy
         while left_bytes < wanted_bytes and self._make_room(store, wanted_bytes - left_bytes):
             left_bytes = max_bytes - store.space().used
         return left_bytes

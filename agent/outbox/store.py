@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, assert_never
 
@@ -17,7 +18,7 @@ from agent.event import Event
 from agent.outbox.apps import Apps, shared
 from agent.outbox.backlogs import Backlogs
 from agent.outbox.ids import Id, KnownIds, hash_of, id_of
-from agent.outbox.procedures import MOST_ROWS, Procedures
+from agent.outbox.procedures import MOST_ROWS, KnownError, Procedures
 from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State
 
 _LAST_SEQ = """
@@ -36,12 +37,6 @@ SELECT upstream, message_id
   FROM event
  WHERE seq = :seq
    AND state = :state
-"""
-
-_STORED_SINCE = """
-SELECT seq
-  FROM event
- WHERE seq >= :first
 """
 
 _COUNT_DUPLICATES = """
@@ -229,17 +224,26 @@ class Store:
         if not one_statement:
             self.begin()
         stored = self._append_fresh(fresh)
-        if one_statement:
-            self.committed()  # it holds, whatever comes of the rest
         results = [Appended.STORED] * len(events)
         if len(stored) < len(events):
             results = self._tell_apart(ids, events, stored)
-        if not one_statement:
-            self.ids.merge()
+        self.ids.merge()
         return results
 
     def _append_fresh(self, fresh: Mapping[Id, Event]) -> dict[Id, int]:
         """Queue those of *fresh* that are not in the index either; return their seqs."""
+        if len(fresh) <= MOST_ROWS:
+            with suppress(KnownError):
+                return self._insert(fresh)
+            self.begin()
+        # Of several statements the first would hold when the second met one that is known.
+        found = self.ids.find(fresh)
+        return self._insert(
+            {event_id: fresh[event_id] for event_id in fresh if event_id not in found}
+        )
+
+    def _insert(self, fresh: Mapping[Id, Event]) -> dict[Id, int]:
+        """Queue events that are new; return their seqs. Raises `KnownError`."""
         first = self.last_seq + 1
         # Burnt even if the transaction fails: a seq is never given twice.
         self.last_seq += len(fresh)
@@ -258,16 +262,11 @@ class Store:
             )
             for seq, (event_id, event) in enumerate(fresh.items(), first)
         ]
-        stored = sum(
+        for start in range(0, len(rows), MOST_ROWS):
             self._procedures.append(rows[start : start + MOST_ROWS])
-            for start in range(0, len(rows), MOST_ROWS)
-        )
         seqs = dict(zip(fresh, range(first, first + len(fresh)), strict=True))
-        if stored < len(rows):
-            present = {seq for (seq,) in self.fetch(_STORED_SINCE, first=first)}
-            seqs = {event_id: seq for event_id, seq in seqs.items() if seq in present}
         self.ids.add(seqs)
-        named = [event for event_id in seqs if (event := fresh[event_id]).upstream or event.app]
+        named = [event for event in fresh.values() if event.upstream or event.app]
         self.backlogs.grow(event.upstream for event in named)
         for share in shared((event.app, event.body) for event in named):
             self.apps.take_in(share, "pending", now_ms=named[0].received_ms)
@@ -286,7 +285,6 @@ class Store:
             Appended.STORED if is_new else self._compare(event, seqs[event_id])
             for event_id, event, is_new in zip(ids, events, new, strict=True)
         ]
-        self.begin()
         self.change(
             _COUNT_DUPLICATES,
             duplicates=len(events) - len(stored),
