@@ -10,8 +10,8 @@ The way of an event:
     person ──▶ console ──reads──▶ outbox;  ──asks──▶ daemon (loopback control API)
 
 Apps are answered, and the upstream is spoken to, by protocols of our own on llhttp (httptools), for
-aiohttp's took longer than all the rest of an event's way; it opens the connections to the upstream
-(names, TLS, proxies), and is the sandbox.
+aiohttp's took longer than all the rest of an event's way. aiohttp still opens the connections to the
+upstream (names, TLS, proxies), and serves the sandbox.
 
 The two ends meet only in the outbox. Decisions are pure: they know no clock, socket or database.
 

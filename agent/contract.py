@@ -17,13 +17,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import msgspec
 
-from agent.document import (
-    lower_first,
-    read_items,
-    read_members,
-    read_object,
-    shorten,
-)
+from agent.document import lower_first, read_items, read_members, read_object, shorten
 from agent.errors import InvalidEventError
 from agent.event import KINDS, Event, Kind, digest_of, lane_of, stamped
 
@@ -234,8 +228,9 @@ def _normalise(fields: Fields, shape: _Shape) -> None:
             del fields[name]
     for name in shape.texts:
         value = fields.get(name)
-        if value is not None and not (value and isinstance(value, str)):
-            fields[name] = _identifier(name, value)
+        if value is None or (value and isinstance(value, str)):
+            continue  # as nearly all are
+        fields[name] = _identifier(name, value)
     if "userId" not in fields and "anonymousId" not in fields:
         raise InvalidEventError("userId: required, unless anonymousId is given; got neither")
     if "timestamp" in fields:

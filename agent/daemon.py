@@ -44,8 +44,8 @@ from agent.forward.upstream import tls_fault
 from agent.ingest.guard import Guard
 from agent.ingest.routes import Mount, Routes
 from agent.ingest.server import serving
+from agent.outbox.access import open_own_reader
 from agent.outbox.files import tally_of
-from agent.outbox.reader import open_own_reader
 from agent.outbox.records import Ledger, Retention
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.upkeep import keep_up

@@ -102,10 +102,10 @@ def _check_tree(raw: bytes, fields: dict[str, Any], root_depth: int) -> None:
     """
     if (
         root_depth - 1 + raw.count(b"{") + raw.count(b"[") <= MAX_DEPTH
-        # One short search spares most bodies the long one, or two, behind it.
+        # In each pair a quick search spares most bodies the slow one.
         and not (_BACKSLASH in raw and _ASCII_ESCAPE.search(raw))
         and not (b"proto" in raw and _may_poison(raw))
-        # A run of so many digits has three, one after the other, at such steps.
+        # Whoever looks at every 103rd byte sees three of such a run of digits, one after the other.
         and not (_THREE_DIGITS.search(raw[:: _HUGE_DIGITS // 3]) and _HUGE_INTEGER.search(raw))
     ):
         return

@@ -50,7 +50,9 @@ from agent.ingest.destinations import Destinations
 from agent.ingest.guard import Guard
 from agent.ingest.sockets import bind_unix
 from agent.observe.logs import Redactor
-from agent.outbox.reader import Reader, open_own_reader
+from agent.outbox import letters
+from agent.outbox.access import open_own_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, App, Appended, Bury, Policy, Quotas, Selection
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.salvage import survey
@@ -317,7 +319,7 @@ async def test_an_app_over_its_quota_is_refused_and_others_are_not(tmp_path: Pat
         await writer.settle(Bury(seq=1, reason="rejected", status=400, answer=""))
         with pytest.raises(AppQuotaError):
             await writer.append([event("pos-2", "pos", filler="x" * 3000)])
-        await writer.perform(lambda store: store.discard([1]))
+        await writer.perform(lambda store: letters.discard(store, [1]))
         assert await writer.append([event("pos-2", "pos", filler="x" * 3000)]) == [Appended.STORED]
 
     assert full is None, "the outbox is not full when an app is"
@@ -402,7 +404,7 @@ async def test_a_start_finds_the_counters_as_they_were(tmp_path: Path) -> None:
     async with opened(path) as (writer, reader):
         assert writer.apps == {it.name: it for it in before}
         assert await reader.apps() == before
-        await writer.perform(lambda store: store.requeue([4], now_ms=9))
+        await writer.perform(lambda store: letters.requeue(store, [4], now_ms=9))
         await writer.settle(*map(Ack, range(1, 10)))
         after = await reader.apps()
 

@@ -33,7 +33,7 @@ from agent.console.invocation import Program
 from agent.console.status import OutboxStatus, Status
 from agent.contract import read_event
 from agent.errors import AgentError, ConfigError
-from agent.outbox.reader import open_own_reader, open_reader
+from agent.outbox.access import open_own_reader, open_reader
 from agent.outbox.records import Ack, Bury, Ledger, Policy, Selection
 from agent.outbox.writer import Writer, open_writer
 

@@ -10,9 +10,9 @@ import pytest
 
 from agent.clock import SystemClock
 from agent.event import Event
-from agent.outbox import ids, schema
+from agent.outbox import ids, letters, schema
+from agent.outbox.access import open_own_reader
 from agent.outbox.ids import id_hash
-from agent.outbox.reader import open_own_reader
 from agent.outbox.records import Ack, Appended, Bury, Policy, Selection
 from agent.outbox.store import Store
 from agent.outbox.writer import open_writer
@@ -81,7 +81,7 @@ async def test_a_requeued_event_is_found_by_its_new_seq(outbox: Path) -> None:
         await writer.append([_event(f"id{number}") for number in range(20)])
         await writer.append([_event("more")])
         await writer.settle(Bury(seq=3, reason="rejected", status=400, answer=""))
-        await writer.perform(lambda store: store.requeue([3], now_ms=5))
+        await writer.perform(lambda store: letters.requeue(store, [3], now_ms=5))
         assert await writer.append([_event("id2")]) == [Appended.REPLAYED]
 
         receipt = await reader.receipt("id2")

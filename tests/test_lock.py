@@ -14,7 +14,7 @@ import pytest
 from agent.clock import SystemClock
 from agent.errors import OutboxLockedError
 from agent.outbox import files, lock
-from agent.outbox.reader import open_reader
+from agent.outbox.access import open_reader
 from agent.outbox.records import Policy
 from agent.outbox.writer import open_writer
 

@@ -38,9 +38,10 @@ from agent.errors import (
     OutboxUnavailableError,
 )
 from agent.event import Event
-from agent.outbox import schema
+from agent.outbox import letters, schema
+from agent.outbox.access import open_own_reader, open_reader
 from agent.outbox.intake import QUEUE_BYTES, QUEUE_EVENTS
-from agent.outbox.reader import Reader, open_own_reader, open_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, Appended, Bury, Ledger, Policy, Selection
 from agent.outbox.store import Store
 from agent.outbox.writer import Writer, open_writer
@@ -88,7 +89,7 @@ async def _ledger(path: Path) -> Ledger:
 
 
 def _requeue_nothing(store: Store) -> Any:
-    return store.requeue([], now_ms=0)
+    return letters.requeue(store, [], now_ms=0)
 
 
 def _content(path: Path) -> bytes:
@@ -1179,7 +1180,7 @@ async def test_an_event_that_is_buried_twice_is_one_dead_letter(outbox: Path) ->
         bury = Bury(seq=1, reason="rejected", status=400, answer="no")
         await asyncio.wait([writer.settle(bury), writer.settle(bury)], timeout=LIMIT_S)
         assert (await reader.ledger()).dead == 1
-        assert await writer.perform(lambda store: store.requeue([1, 1], now_ms=0)) == 1
+        assert await writer.perform(lambda store: letters.requeue(store, [1, 1], now_ms=0)) == 1
         ledger = await reader.ledger()
         assert (ledger.pending, ledger.dead) == (1, 0)
         assert len((await reader.scan(after=0, limit=10)).heads) == 1

@@ -35,8 +35,9 @@ from outboxes import used_bytes
 
 from agent.errors import OutboxFullError
 from agent.event import Event, lane_of
-from agent.outbox import ids
-from agent.outbox.reader import Reader, open_own_reader, open_reader
+from agent.outbox import ids, letters, pauses
+from agent.outbox.access import open_own_reader, open_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import (
     Ack,
     App,
@@ -556,15 +557,15 @@ def verb_of(verb: Verb, now_ms: int) -> Callable[[Store], int]:
     def run(store: Store) -> int:
         match verb:
             case Requeue(seqs):
-                return store.requeue(seqs, now_ms=now_ms)
+                return letters.requeue(store, seqs, now_ms=now_ms)
             case Discard(seqs):
-                return store.discard(seqs)
+                return letters.discard(store, seqs)
             case Expire(cutoff_ms, limit):
                 return store.expire(cutoff_ms, now_ms=now_ms, limit=limit)
             case Prune(cutoff_ms):
                 return store.prune(cutoff_ms, limit=1000)
             case Pause(paused):
-                (store.pause if paused else store.resume)()
+                (pauses.pause if paused else pauses.resume)(store)
                 return 0
 
     return run

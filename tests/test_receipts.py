@@ -35,7 +35,8 @@ from agent.ingest.connection import Deadlines
 from agent.ingest.guard import Guard
 from agent.ingest.routes import Mount, Routes
 from agent.ingest.server import serving
-from agent.outbox.reader import Reader, open_own_reader
+from agent.outbox.access import open_own_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, Bury, Head, Policy, Receipt
 from agent.outbox.waiters import WAITERS
 from agent.outbox.writer import Writer, open_writer

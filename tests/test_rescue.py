@@ -19,8 +19,9 @@ from structlog.testing import capture_logs
 from agent.clock import SystemClock
 from agent.event import Event
 from agent.outbox import aside
+from agent.outbox.access import open_own_reader
 from agent.outbox.files import lock_of
-from agent.outbox.reader import Reader, open_own_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, Appended, Policy
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.writer import Writer, open_writer

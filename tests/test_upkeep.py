@@ -10,7 +10,9 @@ import pytest
 from outboxes import used_bytes
 
 from agent.event import Event
-from agent.outbox.reader import Reader, open_own_reader
+from agent.outbox import letters
+from agent.outbox.access import open_own_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, Appended, Policy, Receipt, Retention, Selection
 from agent.outbox.upkeep import tend
 from agent.outbox.writer import Writer, open_writer
@@ -134,7 +136,9 @@ async def test_a_requeued_event_has_its_whole_max_age_again(outbox: Outbox) -> N
     outbox.clock.advance(3601)
     await tend(outbox.writer, outbox.clock, AN_HOUR_AT_MOST)
     seq, now_ms = (await outbox.receipt("old")).seq, outbox.clock.now_ms
-    assert await outbox.writer.perform(lambda store: store.requeue([seq], now_ms=now_ms)) == 1
+    assert (
+        await outbox.writer.perform(lambda store: letters.requeue(store, [seq], now_ms=now_ms)) == 1
+    )
 
     outbox.clock.advance(3599)
     await tend(outbox.writer, outbox.clock, AN_HOUR_AT_MOST)

@@ -38,9 +38,10 @@ from agent.ingest.guard import Guard
 from agent.ingest.reply import Later
 from agent.ingest.routes import Mount, Routes
 from agent.keys import example
+from agent.outbox import letters, pauses, schema
 from agent.outbox import reader as reading
-from agent.outbox import schema
-from agent.outbox.reader import Reader, open_own_reader
+from agent.outbox.access import open_own_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import Ack, App, Appended, Bury, Policy, Selection
 from agent.outbox.rescue import salvage_damaged
 from agent.outbox.salvage import surviving
@@ -237,7 +238,7 @@ async def test_a_dead_letter_goes_back_to_its_own_upstream(tmp_path: Path) -> No
         (mine,) = await reader.select("dead", Selection(upstream="default"), limit=10)
         assert (letter.upstream, mine.upstream) == ("crm", "")
 
-        await writer.perform(lambda store: store.requeue([letter.seq], now_ms=1))
+        await writer.perform(lambda store: letters.requeue(store, [letter.seq], now_ms=1))
 
         assert await queue(reader, "crm") == ["id"]
         assert await queue(reader, "") == await queue(reader, "shop") == []
@@ -273,17 +274,17 @@ async def test_a_pause_by_name_is_one_of_those_that_were_paused(tmp_path: Path) 
         return {name for name in known if ledger.pauses(name)}
 
     async with opened(tmp_path / "outbox.db") as (writer, reader):
-        await writer.perform(lambda store: store.pause("crm"))
-        await writer.perform(lambda store: store.pause(""))
+        await writer.perform(lambda store: pauses.pause(store, "crm"))
+        await writer.perform(lambda store: pauses.pause(store, ""))
         assert await paused(reader) == {"", "crm"}
-        await writer.perform(lambda store: store.resume("", known=known))
+        await writer.perform(lambda store: pauses.resume(store, "", known=known))
         assert await paused(reader) == {"crm"}
-        await writer.perform(lambda store: store.pause())
-        await writer.perform(lambda store: store.pause("shop"))
+        await writer.perform(pauses.pause)
+        await writer.perform(lambda store: pauses.pause(store, "shop"))
         assert await paused(reader) == {"", "crm", "shop"}
-        await writer.perform(lambda store: store.resume("shop", known=known))
+        await writer.perform(lambda store: pauses.resume(store, "shop", known=known))
         assert await paused(reader) == {"", "crm"}
-        await writer.perform(lambda store: store.resume())
+        await writer.perform(pauses.resume)
         assert await paused(reader) == set()
 
 
@@ -297,7 +298,7 @@ async def test_a_salvaged_event_keeps_its_upstream_and_a_pause_its_name(tmp_path
             await writer.settle(Bury(seq=seq, reason="rejected", status=400, answer=""))
         for seq in (3, 6, 9):
             await writer.settle(Ack(seq))
-        await writer.perform(lambda store: store.pause("crm"))
+        await writer.perform(lambda store: pauses.pause(store, "crm"))
         before = {(it.upstream, it.message_id, it.state) for it in surviving(path)}
         assert len(before) == 9
 

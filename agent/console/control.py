@@ -40,6 +40,7 @@ from agent.console.status import Standing, Status, collect
 from agent.errors import OutboxError, OutboxUnavailableError
 from agent.exchange import Answer, Request, answer_json, refuse
 from agent.flow import Flow, Wait
+from agent.outbox import pauses
 from agent.outbox.reader import Reader
 from agent.outbox.records import Quotas, Receipt, Selection, label, unlabel
 from agent.outbox.refusals import RETRY_UNAVAILABLE_S, refuse_for
@@ -179,10 +180,12 @@ class Control:
             case "pause":
                 for link in links:
                     link.pause()  # first: it must work on a disk that is full or fails
-                await self._writer.perform(lambda store: store.pause(upstream))
+                await self._writer.perform(lambda store: pauses.pause(store, upstream))
             case "resume":
                 known = tuple(self._links)
-                await self._writer.perform(lambda store: store.resume(upstream, known=known))
+                await self._writer.perform(
+                    lambda store: pauses.resume(store, upstream, known=known)
+                )
                 for link in links:
                     link.resume()
             case _:

@@ -6,7 +6,9 @@ The same functions serve the control API, and the command line when no daemon ru
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+from agent.outbox import letters
 from agent.outbox.reader import Reader
 from agent.outbox.records import Selection
 from agent.outbox.store import Store
@@ -21,20 +23,19 @@ _PAGE = 50
 
 async def requeue(reader: Reader, writer: Writer, selection: Selection, *, now_ms: int) -> int:
     """Put the dead letters that *selection* means at the end of the queue; return how many."""
-
-    def verb(seqs: list[int]) -> Callable[[Store], int]:
-        return lambda store: store.requeue(seqs, now_ms=now_ms)
-
-    return await _in_chunks(reader, writer, selection, verb)
+    return await _in_chunks(
+        reader,
+        writer,
+        selection,
+        lambda seqs: partial(letters.requeue, seqs=seqs, now_ms=now_ms),
+    )
 
 
 async def discard(reader: Reader, writer: Writer, selection: Selection) -> int:
     """Delete the dead letters that *selection* means; return how many."""
-
-    def verb(seqs: list[int]) -> Callable[[Store], int]:
-        return lambda store: store.discard(seqs)
-
-    return await _in_chunks(reader, writer, selection, verb)
+    return await _in_chunks(
+        reader, writer, selection, lambda seqs: partial(letters.discard, seqs=seqs)
+    )
 
 
 async def _in_chunks(

@@ -37,8 +37,9 @@ from agent.console.status import OutboxStatus, Report, Standing, Status, Unreada
 from agent.errors import AgentError, OutboxError
 from agent.flow import Wait
 from agent.observe import logs
-from agent.outbox import lock
-from agent.outbox.reader import Reader, open_own_reader, open_reader
+from agent.outbox import lock, pauses
+from agent.outbox.access import open_own_reader, open_reader
+from agent.outbox.reader import Reader
 from agent.outbox.records import Policy, Receipt, Selection, State, label, unlabel
 from agent.outbox.store import Store
 from agent.outbox.writer import Writer, open_writer
@@ -302,11 +303,11 @@ class _Alone:
 
     async def pause(self, upstream: str | None = None) -> Status:
         name = self._name(upstream)
-        return await self._perform(lambda store: store.pause(name))
+        return await self._perform(lambda store: pauses.pause(store, name))
 
     async def resume(self, upstream: str | None = None) -> Status:
         name, known = self._name(upstream), self._known
-        return await self._perform(lambda store: store.resume(name, known=known))
+        return await self._perform(lambda store: pauses.resume(store, name, known=known))
 
     @property
     def _known(self) -> tuple[str, ...]:

@@ -130,7 +130,8 @@ class GiveUp:
     """When an event that keeps being answered 5xx is set aside.
 
     After *attempts*, and *after_s* since the first such answer in this life of the agent if another
-    event was delivered meanwhile. With no such proof it may as well be the upstream, so *unproven_after_s* must pass.
+    event was delivered meanwhile. With no such proof it may as well be the upstream, so
+    *unproven_after_s* must pass.
     """
 
     attempts: int

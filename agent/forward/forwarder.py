@@ -49,7 +49,7 @@ from agent.forward.trials import Trials
 from agent.forward.upstream import Endpoint, Upstream
 from agent.forward.waits import wait_of
 from agent.outbox.reader import Reader
-from agent.outbox.records import Ack, Bury, Retry, Settlement
+from agent.outbox.records import Ack, Bury, Head, Retry, Settlement
 from agent.outbox.writer import Writer
 
 STOP_S = 4.0
@@ -194,7 +194,7 @@ class Forwarder:
         )
 
     def _state(self, link: breaker.State | None = None) -> tuple[FlowState, str]:
-        """Return how forwarding stands, and why; with *link*, how it stood when that was its state."""
+        """Return how forwarding stands, and why; *link* is the breaker's state, None: that of now."""
         return gate.state_of(
             unconfigured=self._unconfigured if self._upstream is None else None,
             paused=self._paused,
@@ -354,16 +354,13 @@ class Forwarder:
             return
         gone = [head for head in claim.heads if head.seq not in bodies]
         if gone:  # evicted or expired since it was read
-            left = tuple(head for head in claim.heads if head.seq in bodies)
-            claim = msgspec.structs.replace(claim, heads=left)
-            self._tally.clear(head.seq for head in gone)
-            self._supply.lanes.done(gone)
+            claim = self._without(claim, gone)
         if not claim.heads:
             self._breaker.cancel(ticket, self._clock.monotonic_s())
             self._trials.over(claim)
             return
         too_late = not self._breaker.stands(ticket) or self._paused or self._stopping
-        if too_late or (gone and self._lost_its_leave(claim)):
+        if too_late or (gone and self._is_urgent_no_more(claim)):
             self._breaker.cancel(ticket, self._clock.monotonic_s())
             self._supply.lanes.again(claim, until_s=None)  # something changed while it was read
             return
@@ -378,8 +375,15 @@ class Forwarder:
             self._fit = replace(self._fit, batch_bytes=batch_bytes)
         self._conclude(claim, ticket, outcome)
 
-    def _lost_its_leave(self, claim: Claim) -> bool:
-        """Return whether *claim* went for an urgent event that is gone."""
+    def _without(self, claim: Claim, gone: list[Head]) -> Claim:
+        """Return *claim* without what is *gone* from the outbox, whose lanes move on."""
+        self._tally.clear(head.seq for head in gone)
+        self._supply.lanes.done(gone)
+        left = tuple(head for head in claim.heads if head not in gone)
+        return msgspec.structs.replace(claim, heads=left)
+
+    def _is_urgent_no_more(self, claim: Claim) -> bool:
+        """Return whether *claim* was let go for an urgent event that is gone."""
         return self._kept_back is not None and not self._supply.lanes.is_urgent(claim)
 
     async def _send(self, endpoint: Endpoint, body: bytes) -> Outcome:

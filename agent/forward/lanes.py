@@ -243,10 +243,10 @@ class Lanes:
             while lane.queue and len(heads) < fit.events:
                 if urgent and lane.queue[0].seq > lane.urgent_upto:
                     break
-                size = lane.queue[0].body_bytes + ITEM_BYTES
-                if heads and size > left_bytes:
+                item_bytes = lane.queue[0].body_bytes + ITEM_BYTES
+                if heads and item_bytes > left_bytes:
                     break
-                left_bytes -= size
+                left_bytes -= item_bytes
                 heads.append(lane.queue.popleft())
                 lane.claimed += 1
             if not lane.claimed:  # it fits into the next one
@@ -262,14 +262,14 @@ class Lanes:
         return any(map(self._may_always_go, claim.heads))
 
     def only_urgent(self, claim: Claim) -> Claim:
-        """Give back what of an urgent *claim* is no reason to send it; return the rest."""
+        """Return the part of *claim* that is urgent; the rest goes back to the front of its lanes."""
         for head in reversed(claim.heads):
             if not self._may_always_go(head):
                 self._give_back(head)
         return Claim.of([head for head in claim.heads if self._may_always_go(head)])
 
     def done(self, heads: Iterable[Head]) -> None:
-        """These events are through with: their lanes move on."""
+        """Let the lanes of these events move on: nothing more is to be sent of them."""
         for head in heads:
             lane = self._lanes[self._key(head)]
             lane.claimed -= 1

@@ -23,10 +23,11 @@ _KEEPALIVE_S = 60.0
 """Below the upstream's own 72 s: whoever closes first should be us, between requests."""
 
 _OF_EACH_REQUEST = frozenset({"content-length"})
+"""Header fields that differ from request to request: `Pool.post` writes them."""
 
 
 class Pool:
-    """Made by `open_pool`."""
+    """The connections to one upstream, and what they have in common. Made by `open_pool`."""
 
     def __init__(
         self,
@@ -44,27 +45,28 @@ class Pool:
         self._keepalive_s = keepalive_s
         self._loop = asyncio.get_running_loop()
         self._total_s = target.connect_timeout_s + target.timeout_s
+        """How long a request may take, with the connection that it may need."""
         self._open: dict[Wire, Connection] = {}
-        """With what aiohttp has of each."""
+        """Each with aiohttp's hold on it."""
         self._idle: list[Wire] = []
         """Those that carry no request, the last used at the end."""
         self._sweep_due: asyncio.TimerHandle | None = None
-        self._fields = b""
-        """The header lines of every request."""
-        self._lines: dict[str, bytes] = {}
-        """The first line of a request, by its path."""
+        self._field_lines = b""
+        """What every request has of them, as aiohttp makes them when it connects."""
+        self._request_lines: dict[str, bytes] = {}
+        """By path."""
 
     async def post(self, path: str, body: bytes, tls: ssl.SSLContext) -> Response:
         """POST *body* once; *tls* is for a connection that must be opened.
 
         Raises `aiohttp.ClientError`, `TimeoutError` or `OSError`.
         """
-        ends_s = self._loop.time() + self._total_s
-        line = self._lines.get(path) or self._first_line(path)
+        deadline_s = self._loop.time() + self._total_s
+        line = self._request_lines.get(path) or self._request_line(path)
         wire = self._idle.pop() if self._idle else await self._connect(tls)
         answer = await wire.exchange(
-            b"%b%bContent-Length: %d\r\n\r\n%b" % (line, self._fields, len(body), body),
-            ends_s=ends_s,
+            b"%b%bContent-Length: %d\r\n\r\n%b" % (line, self._field_lines, len(body), body),
+            deadline_s=deadline_s,
         )
         if not wire.closed:
             self._keep(wire)
@@ -80,7 +82,7 @@ class Pool:
     # --- opening ---
 
     async def _connect(self, tls: ssl.SSLContext) -> Wire:
-        """Raises `aiohttp.ConnectionTimeoutError` if it took too long, and others."""
+        """Open one. Raises `aiohttp.ConnectionTimeoutError` if that takes too long; else as `post`."""
         proxy = self._target.proxy
         request = aiohttp.ClientRequest(
             "POST",
@@ -95,7 +97,8 @@ class Pool:
                 connection = await self._connector.connect(request, [], timeout)
         except TimeoutError as exc:
             raise aiohttp.ConnectionTimeoutError from exc
-        self._fields = _lines_of(request.headers.items())  # with the proxy's, if it wants them here
+        # With the proxy's, if it wants them here.
+        self._field_lines = _field_lines(request.headers.items())
         return self._adopt(connection)
 
     def _adopt(self, connection: Connection) -> Wire:
@@ -109,12 +112,12 @@ class Pool:
         self._open[wire] = connection
         return wire
 
-    def _first_line(self, path: str) -> bytes:
+    def _request_line(self, path: str) -> bytes:
         url = _url(self._target.url.rstrip("/") + path)
         # A proxy without a tunnel is told the whole address (RFC 9112, section 3.2.2).
         whole = self._target.proxy is not None and url.scheme == "http"
         line = f"POST {url if whole else url.raw_path_qs} HTTP/1.1\r\n".encode()
-        self._lines[path] = line
+        self._request_lines[path] = line
         return line
 
     # --- keeping ---
@@ -172,7 +175,7 @@ def _url(text: str) -> URL:
         raise aiohttp.InvalidURL(text) from exc
 
 
-def _lines_of(headers: Iterable[tuple[str, str]]) -> bytes:
+def _field_lines(headers: Iterable[tuple[str, str]]) -> bytes:
     return b"".join(
         f"{name}: {value}\r\n".encode()
         for name, value in headers

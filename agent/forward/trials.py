@@ -51,7 +51,7 @@ class Trials:
         )
 
     def delivered(self) -> None:
-        """Something was: what failed before and still fails may be at fault itself."""
+        """Note that something was: what failed before and still fails may be at fault itself."""
         self._delivered += 1
 
     def struck(self, claim: Claim, outcome: Outcome, now_s: float, *, blamed: bool) -> int:
@@ -72,7 +72,7 @@ class Trials:
         return None if trial is None else trial.last_error
 
     def part(self, claim: Claim, parts: list[Claim]) -> None:
-        """Begin for the parts of *claim* where that was, so that one bad event is soon found."""
+        """Let the parts of *claim* inherit its failures, so that one bad event is soon found."""
         trial = self._trials.pop(claim.key, None)
         if trial is None:
             return
@@ -81,7 +81,7 @@ class Trials:
             self._trials[each.key] = _Trial(trial.strikes, trial.last_error, streaks)
 
     def over(self, claim: Claim) -> None:
-        """It failed for the last time, or not at all."""
+        """Forget *claim*: it failed for the last time, or not at all."""
         self._trials.pop(claim.key, None)
 
     def clear(self) -> None:

@@ -52,22 +52,22 @@ class Wire(asyncio.Protocol):
         self._head_bytes = 0
         self._head_read = False
         self._heard_s = 0.0
-        self._ends_s = 0.0
-        self._look_due: asyncio.TimerHandle | None = None
+        self._deadline_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._choked = False
 
-    async def exchange(self, request: bytes, *, ends_s: float) -> Response:
-        """Send *request* and return its answer, which may take until *ends_s* of the loop's clock.
+    async def exchange(self, request: bytes, *, deadline_s: float) -> Response:
+        """Send *request* and return its answer, which may take until *deadline_s* of the loop's clock.
 
-        Raises `aiohttp.ClientError`, `TimeoutError` or `OSError`. The connection is then closed, and
-        if cancelled: the answer may still come.
+        Raises `aiohttp.ClientError`, `TimeoutError` or `OSError`. Then, and where it is cancelled, the
+        connection is closed: the answer may still come.
         """
         answer: asyncio.Future[Response] = self._loop.create_future()
         self._answer = answer
         self._head_bytes, self._head_read = 0, False
-        self._heard_s, self._ends_s = self._loop.time(), ends_s
-        if self._look_due is None:
-            self._look()
+        self._heard_s, self._deadline_s = self._loop.time(), deadline_s
+        if self._timer is None:
+            self._watch()
         try:
             self._transport.write(request)
             return await answer
@@ -83,8 +83,8 @@ class Wire(asyncio.Protocol):
 
     def close(self) -> None:
         """Hang up. There is nothing left to say, and no farewell of TLS to wait for."""
-        if self._look_due is not None:
-            self._look_due.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._transport.abort()
         self._lost(self)
 
@@ -188,19 +188,19 @@ class Wire(asyncio.Protocol):
             self._answer.set_exception(exc)
         self.close()
 
-    def _look(self) -> None:
-        """Give up on an answer that is overdue; else look again when it would be."""
-        self._look_due = None
+    def _watch(self) -> None:
+        """Give up on an answer that is overdue; else come back when it would be."""
+        self._timer = None
         if not self._awaits:
             return
         now_s = self._loop.time()
         if self._choked:  # it is still on its way out
             self._heard_s = now_s
-        due_s = min(self._ends_s, self._heard_s + self._silence_s)
+        due_s = min(self._deadline_s, self._heard_s + self._silence_s)
         if due_s <= now_s:
             self._fail(TimeoutError())
         else:
-            self._look_due = self._loop.call_at(due_s, self._look)
+            self._timer = self._loop.call_at(due_s, self._watch)
 
 
 def _plain(body: bytes, encoding: str) -> bytes:

@@ -12,8 +12,8 @@ of its own: the server looks at each connection every second. A client that stal
 | waits, its side closed    | `linger_s` |                      |
 
 counted from the last answer, for a body from its head, for the last from that closing. Who waits for
-a GET and goes away is forgotten; a POST is carried out all the same. Who is one
-too many is told so at once.
+a GET and goes away is forgotten; a POST is carried out all the same. Who is one too many is told so
+at once.
 """
 
 from __future__ import annotations

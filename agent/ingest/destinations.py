@@ -31,8 +31,8 @@ class Destinations:
     """The upstreams beside the default one, whose name is empty.
 
     *digests* has for the digest of an app's write key the name of its upstream; one that is not among
-    *names* has no queue before the next start. *unknown* says why
-    some are missing there: then a key that is not found may be one of those, and is refused.
+    *names* has no queue before the next start. *unknown* says why some are missing there: then a key
+    that is not found may be one of those, and is refused.
     """
 
     def __init__(

@@ -139,7 +139,8 @@ class Guard:
             return refuse(
                 415,
                 "AGENT_UNSUPPORTED_ENCODING",
-                f"Content-Encoding: {encoding.lower()[:40]!r} is not supported; send gzip, deflate or none",
+                f"Content-Encoding: {encoding.lower()[:40]!r} is not supported;"
+                " send gzip, deflate or none",
                 close=True,
             )
         length = headers.get("content-length", "0")

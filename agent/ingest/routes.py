@@ -159,8 +159,9 @@ class Routes:
 
 
 class _Post(msgspec.Struct, frozen=True):
-    """A request with events. *key* is the write key or token that it carries; found once, for it may
-    stand anywhere in a body of megabytes.
+    """A request with events. *key* is the write key or token that it carries.
+
+    That is found once, for it may stand anywhere in a body of megabytes.
     """
 
     dialect: Dialect
@@ -190,6 +191,7 @@ def _stored(
 _NO_ALIAS = refuse(400, "AGENT_NOT_IMPLEMENTED", "Not yet implemented.")
 
 _JSON = "application/json"
+"""What nearly every app says: it need not be taken apart."""
 
 
 def _is_beacon(request: Request) -> bool:

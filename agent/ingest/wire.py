@@ -192,7 +192,8 @@ class Reader:
 
     def on_message_begin(self) -> None:
         self.stage = HEAD
-        # Of the head's own chunk this counts what stands before it, too: no head is larger.
+        # With the whole chunk that the head begins in: no less than the head, which is only measured
+        # where this is too much.
         self._arrived_bytes = self._chunk_bytes
         self._framing = CLOSING
         self._target = b""

@@ -6,9 +6,13 @@
     room       who is let in: quota, disk, and the `reserve` kept back for deliveries
     database   the one write connection; `schema` its tables and migrations
     store      the SQL verbs, in a transaction of the writer's; `ids` knows each messageId, `apps` what
-               came from which app, `procedures` does in one statement what is done for every event
+               came from which app, `backlogs` what waits for which upstream, and `procedures` does
+               in one statement what is done for every event
+    letters, pauses
+               the verbs of a person
     news       wakes the forwarder that an event is for
-    reader     short queries, of the daemon's and of others; `search` words those of people
+    reader     short queries, of the daemon's and of others; `search` words those of people, `access`
+               is how a reader gets in
     lock       one writer per outbox; `files` what each file is called, and whose it is
     upkeep     what is due from time to time
     aside, rescue, restore, salvage

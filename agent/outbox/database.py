@@ -79,7 +79,7 @@ class Database:
     @property
     def waiting(self) -> Mapping[str, int]:
         """How many events are pending for each named upstream that has some."""
-        return self._store.waiting
+        return self._store.backlogs.pending
 
     @property
     def apps(self) -> Mapping[str, App]:

@@ -107,29 +107,33 @@ class KnownIds:
         return bool(self._unmerged) or len(self._recent) >= RECENT
 
     def recall(self, ids: Iterable[Id]) -> dict[Id, int]:
-        """Return the seqs of those of *ids* that are known and may be in the index not yet."""
+        """Return the seqs of those of *ids* that memory knows: the index may not have them yet."""
         found: dict[Id, int] = {}
-        for known in ids:
-            seq = self._added.get(known) or self._recent.get(known) or self._merging.get(known)
-            if seq is not None and self._is(known, seq):
-                found[known] = seq
+        for event_id in ids:
+            seq = (
+                self._added.get(event_id)
+                or self._recent.get(event_id)
+                or self._merging.get(event_id)
+            )
+            if seq is not None and self._is(event_id, seq):
+                found[event_id] = seq
         return found
 
     def find(self, ids: Collection[Id]) -> dict[Id, int]:
         """Return the seqs of those of *ids* that are known."""
         found = self.recall(ids)
-        elsewhere = [known for known in ids if known not in found]
+        elsewhere = [event_id for event_id in ids if event_id not in found]
         if elsewhere:
             wanted = set(elsewhere)
-            id_hashes = msgspec.json.encode([hash_of(known) for known in elsewhere]).decode()
+            id_hashes = msgspec.json.encode([hash_of(event_id) for event_id in elsewhere]).decode()
             for upstream, message_id, seq in self._db.execute(_FIND, {"id_hashes": id_hashes}):
-                known = id_of(upstream, message_id)
-                if known in wanted:
-                    found[known] = seq
+                event_id = id_of(upstream, message_id)
+                if event_id in wanted:
+                    found[event_id] = seq
         return found
 
-    def _is(self, known: Id, seq: int) -> bool:
-        upstream, message_id = ("", known) if isinstance(known, str) else known
+    def _is(self, event_id: Id, seq: int) -> bool:
+        upstream, message_id = ("", event_id) if isinstance(event_id, str) else event_id
         values = {"seq": seq, "message_id": message_id, "upstream": upstream}
         return self._db.execute(_IS, values).fetchone() is not None
 
@@ -139,12 +143,12 @@ class KnownIds:
 
     def index(self, ids: Iterable[tuple[Id, int]]) -> None:
         """Know events that are not new, as (id, seq): they go to the disk at once."""
-        self._index(sorted((hash_of(known), seq) for known, seq in ids))
+        self._index(sorted((hash_of(event_id), seq) for event_id, seq in ids))
 
     def forget(self, ids: Iterable[tuple[Id, int]]) -> None:
         """Forget events that are gone or have another seq now, as (id, old seq)."""
         gone = list(ids)
-        rows = sorted((hash_of(known), seq) for known, seq in gone)
+        rows = sorted((hash_of(event_id), seq) for event_id, seq in gone)
         self._db.executemany(_FORGET, [{"id_hash": key, "seq": seq} for key, seq in rows])
         self._gone += gone
 
@@ -156,16 +160,18 @@ class KnownIds:
             self._merging, self._recent = self._recent, {}
             self._merging_upto = max(self._merging.values())
             self._unmerged = sorted(
-                ((hash_of(known), known) for known in self._merging), key=_by_hash, reverse=True
+                ((hash_of(event_id), event_id) for event_id in self._merging),
+                key=_by_hash,
+                reverse=True,
             )
         # Faster than events come in, however many a transaction brings, or memory would grow.
         self._merged = min(max(SLICE, 2 * len(self._added)), len(self._unmerged))
-        gone = {known for known, seq in self._gone if self._merging.get(known) == seq}
+        gone = {event_id for event_id, seq in self._gone if self._merging.get(event_id) == seq}
         self._index(
             [
-                (key, self._merging[known])
-                for key, known in reversed(self._unmerged[-self._merged :])
-                if known in self._merging and known not in gone
+                (key, self._merging[event_id])
+                for key, event_id in reversed(self._unmerged[-self._merged :])
+                if event_id in self._merging and event_id not in gone
             ]
         )
         if self._merged == len(self._unmerged):
@@ -177,10 +183,10 @@ class KnownIds:
 
     def committed(self) -> None:
         """The transaction holds."""
-        for known, seq in self._gone:
+        for event_id, seq in self._gone:
             for memory in (self._recent, self._merging):
-                if memory.get(known) == seq:
-                    del memory[known]
+                if memory.get(event_id) == seq:
+                    del memory[event_id]
         self._recent.update(self._added)
         if self._merged:
             del self._unmerged[-self._merged :]
@@ -193,9 +199,9 @@ class KnownIds:
         self._added, self._gone, self._merged = {}, [], 0
 
 
-def hash_of(known: Id) -> int:
-    """Return the key of *known* in the index: that of its messageId, by which people look, too."""
-    return id_hash(known if isinstance(known, str) else known[1])
+def hash_of(event_id: Id) -> int:
+    """Return the key of *event_id* in the index: that of its messageId, by which people look, too."""
+    return id_hash(event_id if isinstance(event_id, str) else event_id[1])
 
 
 _by_hash = itemgetter(0)

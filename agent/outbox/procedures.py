@@ -25,7 +25,7 @@ MOST_ROWS = 256
 """Of one append: to prepare the statement for so many takes some 700 KiB, which stay with the process."""
 
 _INSTALL = (
-    # What a statement takes apart on its way must not need the disk, which may be full.
+    # What a statement sets aside while it runs must not need the disk, which may be full.
     """
     PRAGMA temp_store = MEMORY
     """,
@@ -115,12 +115,15 @@ class Procedures:
         """Settle pending events as delivered; return how many still were pending."""
         before = self._db.total_changes
         self._db.execute(_ACK, {"seqs": msgspec.json.encode(seqs).decode(), "now_ms": now_ms})
-        # Of each two rows, and that of the ledger.
+        # Two rows for each, and once that of the ledger.
         return (self._db.total_changes - before) // 2
 
 
 @cache
 def _insertion(rows: int) -> str:
-    """Return the statement for so many rows. In powers of two, so that SQLite prepares nine."""
+    """Return the statement for so many rows.
+
+    They are powers of two: nine statements in all, which stay prepared.
+    """
     row = f"({', '.join('?' * _COLUMNS)})"
     return " ".join(["INSERT INTO incoming VALUES", ", ".join([row] * rows)])

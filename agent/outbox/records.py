@@ -58,7 +58,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bury:
-    """The event is set aside after one more attempt, with what the upstream answered to it."""
+    """The event is set aside, with what the upstream answered to the last attempt, if there was one."""
 
     seq: int
     reason: Reason

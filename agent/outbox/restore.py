@@ -178,7 +178,7 @@ def put_back(store: Store, name: str, survivors: Sequence[Survivor]) -> None:
     store.change_each(_RESTORE_EVENT, everything)
     store.change_each(_RESTORE_PENDING, rows["pending"])
     store.change_each(_RESTORE_DEAD, rows["dead"])
-    store.restored(row["upstream"] for row in rows["pending"])
+    store.backlogs.grow(row["upstream"] for row in rows["pending"])
     for state, some in rows.items():
         for share in shared((row["app"], row["body"] or b"") for row in some):
             store.apps.take_in(share, state, now_ms=max(row["accepted_ms"] for row in some))

@@ -32,7 +32,7 @@ _PRUNE_LIMIT = 1_000
 """Rows evicted and ids forgotten at once at most, to keep the transaction short."""
 
 _LOOK_AGAIN = 4
-"""What share of the room is let in before the next look: what an event takes is an estimate."""
+"""A quarter of the room is let in before the next look: what an event takes is an estimate."""
 
 Results = list[list[Appended] | OutboxFullError]
 """What became of the events of each call, or why it was refused."""

@@ -7,19 +7,19 @@ It runs in the thread of the write connection (`Database.transact`).
 from __future__ import annotations
 
 import sqlite3
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, assert_never
 
 import msgspec
 
 from agent.event import Event
 from agent.outbox.apps import Apps, shared
+from agent.outbox.backlogs import Backlogs
 from agent.outbox.ids import Id, KnownIds, hash_of, id_of
 from agent.outbox.procedures import MOST_ROWS, KnownError, Procedures
-from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State, label, named
+from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State
 
 _LAST_SEQ = """
 SELECT last_seq
@@ -105,40 +105,6 @@ UPDATE ledger
        dead    = dead + :n
 """
 
-_MARK_REQUEUED = """
-UPDATE event
-   SET seq = :new_seq,
-       state = 'pending',
-       settled_ms = NULL
- WHERE seq = :seq
-   AND state = 'dead'
-"""
-
-_MOVE_REQUEUED = """
-INSERT INTO pending (seq, kind, lane, queued_ms, body, upstream)
-SELECT :new_seq, kind, lane, :now_ms, body, upstream
-  FROM dead
- WHERE seq = :seq
-"""
-
-_DELETE_DEAD = """
-DELETE FROM dead
- WHERE seq = :seq
-"""
-
-_COUNT_REQUEUED = """
-UPDATE ledger
-   SET last_seq = :last_seq,
-       dead     = dead - :n,
-       pending  = pending + :n
-"""
-
-_COUNT_DISCARDED_DEAD = """
-UPDATE ledger
-   SET dead      = dead - :n,
-       discarded = discarded + :n
-"""
-
 _OLDEST = """
 SELECT seq, length(body)
   FROM pending
@@ -177,34 +143,6 @@ SELECT pending
   FROM ledger
 """
 
-_NAMED = """
-SELECT upstream, COUNT(*)
-  FROM pending
- WHERE upstream <> ''
- GROUP BY upstream
-"""
-
-# Of `event`, whose rows are small: in `pending` the name stands behind the body.
-_NAMED_AMONG = """
-SELECT event.upstream, COUNT(*)
-  FROM (SELECT DISTINCT value AS seq FROM json_each(:seqs)) AS given
- CROSS JOIN pending ON pending.seq = given.seq
- CROSS JOIN event ON event.seq = given.seq
- WHERE event.upstream <> ''
- GROUP BY event.upstream
-"""
-
-_PAUSED = """
-SELECT paused, paused_upstreams
-  FROM ledger
-"""
-
-_SET_PAUSED = """
-UPDATE ledger
-   SET paused = :paused,
-       paused_upstreams = :names
-"""
-
 _TOUCH = """
 UPDATE ledger
    SET last_seq = :last_seq
@@ -228,8 +166,8 @@ class Space:
 class Store:
     """The verbs, on the one write connection.
 
-    Each expects an open transaction. `append` and `settle` begin one themselves, unless they are a
-    single statement, which is one by itself.
+    Each expects an open transaction, but `append` and `settle`: these begin one, unless a single
+    statement is all there is to do, which is a transaction by itself.
     """
 
     def __init__(self, db: sqlite3.Connection) -> None:
@@ -244,15 +182,8 @@ class Store:
         """How many pending events were evicted or expired: whoever has read some must look again."""
         self.withdrawn_upto = 0
         """The highest seq among those."""
-        self.waiting: Mapping[str, int] = dict(self.fetch(_NAMED))
-        """How many events are pending for each named upstream that has some.
-
-        Counted once, then kept: to count a million each time somebody asks would take too long. Another
-        mapping after each change, so that other threads may read it.
-        """
-        self._waiting_more: Counter[str] = Counter()
-        """What the open transaction changes of that."""
         self.apps = Apps(db)
+        self.backlogs = Backlogs(db)
         self._withdrawing: list[int] = []
         """What the open transaction evicts and expires."""
 
@@ -262,17 +193,13 @@ class Store:
             self.withdrawn_upto = max(self.withdrawn_upto, *self._withdrawing)
             self.withdrawn += len(self._withdrawing)
             self._withdrawing = []
-        if self._waiting_more:
-            waiting = Counter(self.waiting)
-            waiting.update(self._waiting_more)
-            self.waiting = +waiting
-            self._waiting_more = Counter()
         self.apps.committed()
+        self.backlogs.committed()
 
     def rolled_back(self) -> None:
         self.ids.rolled_back()
         self.apps.rolled_back()
-        self._waiting_more = Counter()
+        self.backlogs.rolled_back()
         self._withdrawing = []
 
     def begin(self) -> None:
@@ -282,12 +209,12 @@ class Store:
 
     def append(self, events: Sequence[Event]) -> list[Appended]:
         """Queue the events whose ids are not known yet; return what became of each, in order."""
-        ids = [id_of(event.upstream, event.message_id) for event in events]
+        ids = [_id(event) for event in events]
         recalled = self.ids.recall(ids)
         fresh: dict[Id, Event] = {}
-        for known, event in zip(ids, events, strict=True):
-            if known not in recalled:
-                fresh.setdefault(known, event)
+        for event_id, event in zip(ids, events, strict=True):
+            if event_id not in recalled:
+                fresh.setdefault(event_id, event)
         one_statement = (
             not self._db.in_transaction
             and len(fresh) == len(events) <= MOST_ROWS
@@ -311,7 +238,9 @@ class Store:
             self.begin()
         # Of several statements the first would hold when the second met one that is known.
         found = self.ids.find(fresh)
-        return self._insert({known: event for known, event in fresh.items() if known not in found})
+        return self._insert(
+            {event_id: fresh[event_id] for event_id in fresh if event_id not in found}
+        )
 
     def _insert(self, fresh: Mapping[Id, Event]) -> dict[Id, int]:
         """Queue events that are new; return their seqs. Raises `KnownError`."""
@@ -322,7 +251,7 @@ class Store:
             (
                 seq,
                 event.message_id,
-                hash_of(known),
+                hash_of(event_id),
                 event.digest,
                 event.kind,
                 event.lane,
@@ -331,14 +260,14 @@ class Store:
                 event.upstream,
                 event.app,
             )
-            for seq, (known, event) in enumerate(fresh.items(), first)
+            for seq, (event_id, event) in enumerate(fresh.items(), first)
         ]
         for start in range(0, len(rows), MOST_ROWS):
             self._procedures.append(rows[start : start + MOST_ROWS])
         seqs = dict(zip(fresh, range(first, first + len(fresh)), strict=True))
         self.ids.add(seqs)
         named = [event for event in fresh.values() if event.upstream or event.app]
-        self._waiting_more.update(event.upstream for event in named if event.upstream)
+        self.backlogs.grow(event.upstream for event in named)
         for share in shared((event.app, event.body) for event in named):
             self.apps.take_in(share, "pending", now_ms=named[0].received_ms)
         return seqs
@@ -348,11 +277,13 @@ class Store:
     ) -> list[Appended]:
         """Return what became of *events*, of which some were known; the first of an id was *stored*."""
         left = dict(stored)
-        new = [left.pop(known, None) is not None for known in ids]
-        seqs = self.ids.find({known for known, is_new in zip(ids, new, strict=True) if not is_new})
+        new = [left.pop(event_id, None) is not None for event_id in ids]
+        seqs = self.ids.find(
+            {event_id for event_id, is_new in zip(ids, new, strict=True) if not is_new}
+        )
         results = [
-            Appended.STORED if is_new else self._compare(event, seqs[known])
-            for known, event, is_new in zip(ids, events, new, strict=True)
+            Appended.STORED if is_new else self._compare(event, seqs[event_id])
+            for event_id, event, is_new in zip(ids, events, new, strict=True)
         ]
         self.change(
             _COUNT_DUPLICATES,
@@ -367,13 +298,13 @@ class Store:
 
     def knows_all(self, events: Sequence[Event]) -> bool:
         """Return whether each id is pending, dead or remembered as delivered."""
-        ids = {id_of(event.upstream, event.message_id) for event in events}
+        ids = {_id(event) for event in events}
         return len(self.ids.find(ids)) == len(ids)
 
     def unknown(self, events: Sequence[Event]) -> list[Event]:
         """Return those whose id is not known yet."""
-        known = self.ids.find({id_of(event.upstream, event.message_id) for event in events})
-        return [event for event in events if id_of(event.upstream, event.message_id) not in known]
+        known = self.ids.find({_id(event) for event in events})
+        return [event for event in events if _id(event) not in known]
 
     def settle(self, settlements: Iterable[Settlement], *, now_ms: int, remember: bool) -> None:
         """Apply what the forwarder decided. Without *remember*, a delivered id is forgotten at once.
@@ -383,7 +314,7 @@ class Store:
         """
         acks: list[int] = []
         retries: list[dict[str, Any]] = []
-        buries: list[dict[str, Any]] = []
+        buries: list[Bury] = []
         for settlement in settlements:
             match settlement:
                 case Ack(seq):
@@ -391,23 +322,14 @@ class Store:
                 case Retry(seq):
                     retries.append({"seq": seq, "now_ms": now_ms})
                 case Bury():
-                    buries.append(
-                        {
-                            "seq": settlement.seq,
-                            "now_ms": now_ms,
-                            "attempts": 1,
-                            "reason": settlement.reason,
-                            "status": settlement.status,
-                            "answer": settlement.answer,
-                        }
-                    )
+                    buries.append(settlement)
                 case _:
                     assert_never(settlement)
         one_statement = (
             not retries
             and not buries
             and remember
-            and not self.waiting
+            and not self.backlogs.pending
             and not self.apps.holds("pending")
         )
         if not one_statement:
@@ -417,13 +339,13 @@ class Store:
         if retries:
             self.change_each(_COUNT_ATTEMPT, retries)
         if buries:
-            self._bury(buries)
+            self._bury(buries, attempts=1, now_ms=now_ms)
 
     def _ack(self, acks: list[int], *, now_ms: int, remember: bool) -> None:
         self._leave_queue(acks, "delivered")
         delivered = self._procedures.ack(acks, now_ms=now_ms)
         if not remember:
-            self._forget(acks, "delivered")
+            self.forget(acks, "delivered")
         if delivered < len(acks):
             self._ack_expired(acks, now_ms=now_ms, remember=remember)
 
@@ -437,130 +359,75 @@ class Store:
                 if remember:
                     self.change(_MARK_EXPIRED_DELIVERED, seq=seq, now_ms=now_ms)
                 else:
-                    self._forget([seq], "dead")
+                    self.forget([seq], "dead")
                 self.change(_COUNT_EXPIRED_DELIVERED)
 
-    def _bury(self, rows: list[dict[str, Any]]) -> int:
+    def _bury(self, buries: Iterable[Bury], *, attempts: int, now_ms: int) -> int:
+        """Set those aside that are still pending, after so many more *attempts*; return how many."""
+        rows = [{**asdict(bury), "attempts": attempts, "now_ms": now_ms} for bury in buries]
         self.change_each(_INSERT_DEAD, rows)
         self._delete_pending([row["seq"] for row in rows], "dead")
         buried = self.change_each(_MARK_DEAD, rows)
         self.change(_COUNT_BURIED, n=buried)
         return buried
 
-    def requeue(self, seqs: Sequence[int], *, now_ms: int) -> int:
-        """Put dead letters back, at the end of the queue in the order given; return how many."""
-        rows: list[dict[str, Any]] = []
-        for event_id, seq in self._ids(dict.fromkeys(seqs), "dead"):
-            self.last_seq += 1
-            self.ids.forget([(event_id, seq)])
-            self.ids.add({event_id: self.last_seq})
-            if not isinstance(event_id, str):
-                self._waiting_more[event_id[0]] += 1
-            rows.append({"seq": seq, "new_seq": self.last_seq, "now_ms": now_ms})
-        self.apps.move(self.apps.shares([row["seq"] for row in rows], "dead"), "dead", "pending")
-        self.change_each(_MARK_REQUEUED, rows)
-        self.change_each(_MOVE_REQUEUED, rows)
-        self.change_each(_DELETE_DEAD, rows)
-        self.change(_COUNT_REQUEUED, last_seq=self.last_seq, n=len(rows))
-        return len(rows)
+    def _delete_pending(
+        self, seqs: list[int], to: Literal["delivered", "dead", "discarded"]
+    ) -> None:
+        self._leave_queue(seqs, to)
+        self.change(_DELETE_PENDING, seqs=msgspec.json.encode(seqs).decode())
 
-    def discard(self, seqs: Sequence[int]) -> int:
-        """Delete dead letters for good; return how many."""
-        self.apps.move(self.apps.shares(seqs, "dead"), "dead", "discarded")
-        discarded = self._forget(seqs, "dead")
-        self.change_each(_DELETE_DEAD, [{"seq": seq} for seq in seqs])
-        self.change(_COUNT_DISCARDED_DEAD, n=discarded)
-        return discarded
+    def _leave_queue(self, seqs: list[int], to: Literal["delivered", "dead", "discarded"]) -> None:
+        """Take those of *seqs* that are pending off the counts of their apps and upstreams."""
+        self.apps.move(self.apps.shares(seqs, "pending"), "pending", to)
+        self.backlogs.shrink(seqs)
 
     def evict(self, room_bytes: int, *, limit: int) -> int:
         """Discard the oldest pending, at most *limit*, until their bodies add up to *room_bytes*."""
         seqs: list[int] = []
-        freed = 0
-        for seq, size in self.fetch(_OLDEST, limit=limit):
-            if freed >= room_bytes:
+        freed_bytes = 0
+        for seq, body_bytes in self.fetch(_OLDEST, limit=limit):
+            if freed_bytes >= room_bytes:
                 break
             seqs.append(seq)
-            freed += size
+            freed_bytes += body_bytes
         self._delete_pending(seqs, "discarded")
-        evicted = self._forget(seqs, "pending")
+        evicted = self.forget(seqs, "pending")
         self.change(_COUNT_EVICTED, n=evicted)
         self._withdrawing += seqs
         return evicted
 
     def expire(self, cutoff_ms: int, *, now_ms: int, limit: int) -> int:
         """Set aside those of the oldest *limit* pending that were queued before *cutoff_ms*."""
-        seqs = self.fetch(_EXPIRED, cutoff_ms=cutoff_ms, limit=limit)
-        expired = self._bury(
-            [
-                {
-                    "seq": seq,
-                    "now_ms": now_ms,
-                    "attempts": 0,
-                    "reason": "expired",
-                    "status": None,
-                    "answer": "",
-                }
-                for (seq,) in seqs
-            ]
-        )
-        self._withdrawing += [seq for (seq,) in seqs]
+        seqs = [seq for (seq,) in self.fetch(_EXPIRED, cutoff_ms=cutoff_ms, limit=limit)]
+        buries = [Bury(seq=seq, reason="expired", status=None, answer="") for seq in seqs]
+        expired = self._bury(buries, attempts=0, now_ms=now_ms)
+        self._withdrawing += seqs
         return expired
-
-    def pending(self) -> int:
-        """Return how many events are pending."""
-        ((pending,),) = self.fetch(_PENDING)
-        return pending  # type: ignore[no-any-return]
-
-    def restored(self, upstreams: Iterable[str]) -> None:
-        """Count events that became pending by another way than these verbs, by their upstreams."""
-        self._waiting_more.update(name for name in upstreams if name)
-
-    def _delete_pending(
-        self, seqs: list[int], to: Literal["delivered", "dead", "discarded"]
-    ) -> None:
-        self._leave_queue(seqs, to)
-        self.change(_DELETE_PENDING, seqs=_json(seqs))
-
-    def _leave_queue(self, seqs: list[int], to: Literal["delivered", "dead", "discarded"]) -> None:
-        """Count for their apps and upstreams that those of *seqs* that are pending soon are not."""
-        self.apps.move(self.apps.shares(seqs, "pending"), "pending", to)
-        if self.waiting or self._waiting_more:
-            self._waiting_more.subtract(dict(self.fetch(_NAMED_AMONG, seqs=_json(seqs))))
 
     def prune(self, cutoff_ms: int, *, limit: int) -> int:
         """Forget at most *limit* ids that were delivered before *cutoff_ms*; return how many."""
         seqs = [seq for (seq,) in self.fetch(_DELIVERED_BEFORE, cutoff_ms=cutoff_ms, limit=limit)]
-        return self._forget(seqs, "delivered")
+        return self.forget(seqs, "delivered")
 
-    def _forget(self, seqs: Iterable[int], state: State) -> int:
+    def forget(self, seqs: Iterable[int], state: State) -> int:
         """Forget the events among *seqs* that are in *state*; return how many."""
-        ids = self._ids(seqs, state)
+        ids = self.ids_of(seqs, state)
         self.ids.forget(ids)
         return self.change_each(_FORGET, [{"seq": seq, "state": state} for _, seq in ids])
 
-    def _ids(self, seqs: Iterable[int], state: State) -> list[tuple[Id, int]]:
+    def ids_of(self, seqs: Iterable[int], state: State) -> list[tuple[Id, int]]:
+        """Return (id, seq) of the events among *seqs* that are in *state*."""
         return [
             (id_of(upstream, message_id), seq)
             for seq in seqs
             for upstream, message_id in self.fetch(_ID, seq=seq, state=state)
         ]
 
-    def pause(self, upstream: str | None = None) -> None:
-        """Remember a pause of one upstream; None: of all."""
-        ((paused, names),) = self.fetch(_PAUSED)
-        if upstream is None or paused:
-            self._set_paused(True)
-        else:
-            self._set_paused(False, {*named(names), upstream})
-
-    def resume(self, upstream: str | None = None, *, known: Iterable[str] = ()) -> None:
-        """End the pause of one upstream, so that of all *known* the others stay paused; None: of all."""
-        ((paused, names),) = self.fetch(_PAUSED)
-        still = () if upstream is None else known if paused else named(names)
-        self._set_paused(False, {*still} - {upstream})
-
-    def _set_paused(self, paused: bool, upstreams: Iterable[str] = ()) -> None:
-        self.change(_SET_PAUSED, paused=paused, names=" ".join(sorted(map(label, upstreams))))
+    def pending(self) -> int:
+        """Return how many events are pending."""
+        ((pending,),) = self.fetch(_PENDING)
+        return pending  # type: ignore[no-any-return]
 
     def touch(self) -> None:
         """Write something that means nothing, to see whether it can be written: a seq is burnt.
@@ -593,5 +460,5 @@ class Store:
         return self._db.execute(sql, values).fetchall()
 
 
-def _json(seqs: list[int]) -> str:
-    return msgspec.json.encode(seqs).decode()
+def _id(event: Event) -> Id:
+    return id_of(event.upstream, event.message_id)

@@ -28,7 +28,7 @@ from faults import planted
 # What the commands load when they need it is loaded here, once.
 from agent.__main__ import main
 from agent.console import diagnosis, listing, operations, rendering  # noqa: F401
-from agent.outbox import reader
+from agent.outbox import access
 from agent.outbox.records import Selection
 
 _INTERVAL_S = 0.1
@@ -210,7 +210,7 @@ def _become(order: Order, output: int, anew: bool) -> None:
 
 
 async def _read_directly(outbox: Path) -> None:
-    async with reader.open_reader(outbox) as reading:
+    async with access.open_reader(outbox) as reading:
         await reading.ledger()
         await reading.scan(after=0, limit=10_000)
         await reading.select("pending", Selection(text="in no event"), limit=1)

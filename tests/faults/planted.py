@@ -22,7 +22,7 @@ from agent.console import control
 from agent.console.status import Status, collect
 from agent.errors import OutboxError
 from agent.event import Event
-from agent.outbox import database, lock, reader, schema
+from agent.outbox import access, database, lock, schema
 from agent.outbox.database import Database
 from agent.outbox.reader import Reader
 from agent.outbox.records import Appended
@@ -173,7 +173,7 @@ def reader_that_locks() -> None:
 
 
 def _beside_each_reader(begin: str) -> None:
-    open_own_reader = reader.open_own_reader
+    open_own_reader = access.open_own_reader
     begins = iter((begin,))  # the second reader does no more
 
     @asynccontextmanager
@@ -190,7 +190,7 @@ def _beside_each_reader(begin: str) -> None:
 
 def reader_that_makes_files() -> None:
     """Read an outbox at rest like one in use: SQLite makes a log for it, whoever it is that looks."""
-    open_connection = reader._reader
+    open_connection = access._reader
 
     @asynccontextmanager
     async def as_in_use(path: Path, *, immutable: bool) -> AsyncIterator[Reader]:
@@ -198,7 +198,7 @@ def reader_that_makes_files() -> None:
         async with open_connection(path, immutable=False) as looking:
             yield looking
 
-    reader._reader = as_in_use
+    access._reader = as_in_use
 
 
 # --- upgrades ---

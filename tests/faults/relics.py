@@ -29,8 +29,8 @@ import msgspec
 from agent.console.receipts import view
 from agent.contract import read_event
 from agent.event import Event
-from agent.outbox import schema
-from agent.outbox.reader import open_reader
+from agent.outbox import letters, schema
+from agent.outbox.access import open_reader
 from agent.outbox.records import Ack, Bury, Policy, Reason, Retry, Selection, State
 from agent.outbox.store import Store
 from agent.outbox.writer import Writer, open_writer
@@ -147,8 +147,8 @@ async def _fill(outbox: Path) -> None:
             await writer.settle(Ack(seq))
         for seq in (7, 7, 7, 10):
             await writer.settle(Retry(seq))
-        await writer.perform(lambda store: store.discard([6]))
-        await writer.perform(lambda store: store.requeue([9], now_ms=clock.wall_ms()))
+        await writer.perform(lambda store: letters.discard(store, [6]))
+        await writer.perform(lambda store: letters.requeue(store, [9], now_ms=clock.wall_ms()))
         await writer.append(events[12:])
         other = _event("event-17", "ann", clock)
         await writer.append([msgspec.structs.replace(other, upstream="crm")])

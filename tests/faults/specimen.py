@@ -23,6 +23,7 @@ import msgspec
 from agent.clock import SystemClock
 from agent.contract import read_event
 from agent.event import Event
+from agent.outbox import letters
 from agent.outbox.records import Ack, Bury, Policy, Retry
 from agent.outbox.writer import open_writer
 
@@ -127,8 +128,8 @@ async def _live(path: Path, events: int, killed_into: Path | None) -> set[str]:
         # Ids that were delivered long ago, and dead letters that were seen to.
         await writer.perform(lambda store: store.prune(1 << 60, limit=events // 8))
         buried = list(range(4, events // 2, 8))
-        await writer.perform(lambda store: store.discard(buried[: len(buried) // 3]))
-        await writer.perform(lambda store: store.requeue(buried[-3:], now_ms=_NOW_MS))
+        await writer.perform(lambda store: letters.discard(store, buried[: len(buried) // 3]))
+        await writer.perform(lambda store: letters.requeue(store, buried[-3:], now_ms=_NOW_MS))
         if killed_into is not None:
             for file in (path, log_of(path)):
                 shutil.copy(file, killed_into)

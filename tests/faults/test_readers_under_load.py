@@ -191,9 +191,9 @@ SLOW_LOOK = """
 import asyncio, sys
 from pathlib import Path
 from agent.errors import OutboxError
-from agent.outbox import reader
+from agent.outbox import access
 
-open_connection = reader._reader
+open_connection = access._reader
 
 def slowly(path, *, immutable):
     print("looked for an agent", flush=True)
@@ -201,8 +201,8 @@ def slowly(path, *, immutable):
     return open_connection(path, immutable=immutable)
 
 async def main():
-    reader._reader = slowly
-    async with reader.open_reader(Path(sys.argv[1])) as looking:
+    access._reader = slowly
+    async with access.open_reader(Path(sys.argv[1])) as looking:
         await looking.ledger()
 
 try:

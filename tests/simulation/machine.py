@@ -39,6 +39,7 @@ from agent.forward.forwarder import Forwarder, forwarding
 from agent.forward.lanes import Lanes
 from agent.forward.plan import Plan
 from agent.forward.tally import TALLY_BYTES, Tally
+from agent.outbox import letters
 from agent.outbox.store import Store
 
 MONTH_MS = 30 * 86_400_000
@@ -408,7 +409,7 @@ class Machine:
         now_ms = self._world.wall_ms()
         rows = self._disk.db.execute("SELECT seq FROM dead ORDER BY seq")
         seqs = [seq for (seq,) in rows]
-        self._perform(lambda store: store.requeue(seqs, now_ms=now_ms))
+        self._perform(lambda store: letters.requeue(store, seqs, now_ms=now_ms))
 
     def _crash_if_idle(self, lives: int) -> None:
         """An agent that has little to do is struck all the same."""
