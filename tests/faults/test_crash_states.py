@@ -8,6 +8,7 @@ in a sound database: `faults.promises`.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pickle
 import random
@@ -22,12 +23,14 @@ from faults.crash_states import State, crashes
 from faults.disk import SECTOR_BYTES
 from faults.promises import Promises
 from faults.syscalls import Opened, Operation, Resized, Sent, Synced, Unlinked, Written
+from processes import DEADLINE_S
 
 from agent.clock import SystemClock
 from agent.contract import read_event
 from agent.errors import OutboxError
 from agent.outbox.records import Policy
-from agent.outbox.writer import open_writer
+from agent.outbox.rescue import salvage_damaged
+from agent.outbox.writer import Writer, open_writer
 
 SEED = 20261123
 
@@ -165,7 +168,11 @@ def opening(
 
 
 async def reopening(state: State, promises: Promises, folder: Path) -> list[str]:
-    """Open *state* with the agent's own writer, store one event more, and return what is wrong then."""
+    """Open *state* with the agent's own writer, store one event more, and return what is wrong then.
+
+    A log of which a later part arrived and an earlier one did not looks damaged: then it is set aside
+    and read back.
+    """
     state.write_to(folder)
     posted = crash_runs.event("after-the-cut")
     event = read_event("track", json.dumps(posted).encode(), received_ms=0)
@@ -173,6 +180,8 @@ async def reopening(state: State, promises: Promises, folder: Path) -> list[str]
     try:
         async with open_writer(folder / "outbox.db", policy, SystemClock()) as writer:
             await writer.append([event])
+            if writer.rescuing:
+                await read_back(writer)
     except OutboxError as exc:
         return [f"corrupt: the agent refuses it: {exc}"]
     then = Promises(
@@ -182,6 +191,16 @@ async def reopening(state: State, promises: Promises, folder: Path) -> list[str]
         discarded=promises.discarded,
     )
     return then.problems(folder / "outbox.db", state.point)
+
+
+async def read_back(writer: Writer) -> None:
+    """Return once nothing more comes out of what was set aside."""
+    async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as tasks:
+        salvaging = tasks.create_task(salvage_damaged(writer))
+        while writer.rescuing:
+            writer.appended.of("").clear()
+            await writer.appended.of("").wait()  # which salvage tells, too
+        salvaging.cancel()
 
 
 def report(problems: list[str], state: State, recording: Recording, seed: int, folder: Path) -> str:
