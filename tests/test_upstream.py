@@ -12,8 +12,10 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import uvloop
 from certificates import Certificates, why_no_certificates
 
 from agent.clock import SystemClock
@@ -33,6 +35,8 @@ from agent.forward.upstream import Refusing, open_upstream
 KEY = "wk-5up3r-s3cr3t"
 BODY = '{"event":"Café","userId":"u1","messageId":"m1"}'.encode()
 DEADLINE_S = 10.0
+LOOPS = {"uvloop": uvloop.new_event_loop}
+"""Beside asyncio's own: transports differ."""
 
 PORTAL = b"<html><body>Please log in</body></html>"
 
@@ -63,6 +67,13 @@ async def send(to: Target, *bodies: bytes) -> Outcome:
     assert found is not None
     assert KEY not in repr(found)
     return found
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    if why := why_no_certificates():
+        pytest.skip(why)
+    return Certificates(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture
@@ -526,6 +537,38 @@ async def test_a_connection_without_requests_is_closed_in_time() -> None:
         await left.wait()
 
 
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+async def test_a_connection_that_the_upstream_closed_meanwhile_is_not_used_again(
+    encrypted: bool, certificates: Certificates
+) -> None:
+    answered, left = asyncio.Event(), asyncio.Event()
+
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await wire.request(reader)
+        writer.write(NO_CONTENT)
+        if wire.connections == 1:
+            await answered.wait()
+            writer.close()
+            await reader.read()
+            left.set()
+
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        listening(converse, certificates.server() if encrypted else None) as wire,
+        open_upstream(
+            https(wire, certificates) if encrypted else target(wire.url),
+            SystemClock(),
+            connections=1,
+        ) as upstream,
+    ):
+        assert await upstream.send("track", BODY) == Delivered()
+        answered.set()
+        await left.wait()
+        assert await upstream.send("track", BODY) == Delivered()
+
+
 async def test_an_upstream_is_not_called_silent_while_it_still_takes_the_body() -> None:
     async def converse(
         wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -685,13 +728,6 @@ async def test_a_proxy_that_is_down_is_not_ambiguous(sandbox: Sandbox) -> None:
 # --- TLS ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    if why := why_no_certificates():
-        pytest.skip(why)
-    return Certificates(tmp_path_factory.mktemp("tls"))
-
-
 def https(wire: Wire, certificates: Certificates | None = None) -> Target:
     to = target(f"https://127.0.0.1:{wire.port}")
     return to if certificates is None else replace(to, ca_file=certificates["ca.pem"])
@@ -769,9 +805,9 @@ async def test_tls_files_that_cannot_be_loaded_hold_everything(
 
 
 async def test_a_certificate_file_that_comes_later_ends_the_hold(
-    certificates: Certificates,
+    certificates: Certificates, tmp_path: Path
 ) -> None:
-    late = certificates["late.pem"]
+    late = tmp_path / "late.pem"
     async with listening(saying(NO_CONTENT), certificates.server()) as wire:
         to = replace(https(wire), ca_file=late)
         async with open_upstream(to, SystemClock(), connections=1) as upstream:

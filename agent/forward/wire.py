@@ -151,7 +151,7 @@ class Wire(asyncio.Protocol):
         return self._answer is not None and not self._answer.done()
 
     def _end(self, exc: Exception | None) -> None:
-        if self._head_read and exc is None and self._ends_with_the_connection:
+        if self._awaits and self._head_read and exc is None and self._ends_with_the_connection:
             self._finish(keep=False)
         elif exc is not None:
             self._fail(exc)
