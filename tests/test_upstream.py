@@ -314,8 +314,10 @@ async def test_a_redirect_is_not_followed(sandbox: Sandbox, status: int) -> None
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
         http("200 OK", b"not gzip", b"Content-Encoding: gzip"),
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 2",
     ],
-    ids=range(11),
+    ids=range(13),
 )
 async def test_an_answer_that_cannot_be_read_is_ambiguous_and_never_raised(said: bytes) -> None:
     async with listening(saying(said)) as wire:

@@ -21,11 +21,8 @@ from agent.forward.disposition import Response
 _ANSWER_BYTES = 65_536
 """How much of an answer is read, and how long its head may be; the API's are empty or short."""
 
-_FINAL = 200
-"""From this status on it is the answer; before it, another one follows (RFC 9110, section 15.2)."""
-
-_SWITCHED = 101
-"""Nobody asked for another protocol: nothing that could be read follows."""
+_INTERIM = frozenset(range(100, 200)) - {101}
+"""Another answer follows (RFC 9110, section 15.2), but for a switch to a protocol nobody asked for."""
 
 
 class Wire(asyncio.Protocol):
@@ -140,8 +137,9 @@ class Wire(asyncio.Protocol):
             self._finish(keep=False)
 
     def on_message_complete(self) -> None:
-        status = self._parser.get_status_code()
-        if status >= _FINAL or status == _SWITCHED:
+        if self._parser.get_status_code() in _INTERIM:
+            self._head_bytes, self._head_read = 0, False
+        else:
             self._finish(keep=self._parser.should_keep_alive())
 
     # --- how it ends ---
