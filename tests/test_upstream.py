@@ -571,7 +571,10 @@ async def test_a_connection_that_the_upstream_closed_meanwhile_is_not_used_again
         assert await upstream.send("track", BODY) == Delivered()
 
 
-async def test_an_upstream_is_not_called_silent_while_it_still_takes_the_body() -> None:
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+async def test_an_upstream_is_not_called_silent_while_it_still_takes_the_body(
+    encrypted: bool, certificates: Certificates
+) -> None:
     async def converse(
         wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
@@ -582,9 +585,40 @@ async def test_an_upstream_is_not_called_silent_while_it_still_takes_the_body() 
         await reader.readexactly(20_000_000)
         writer.write(NO_CONTENT)
 
-    async with listening(converse) as wire:
-        to = replace(target(wire.url), timeout_s=0.2)
-        assert await send(to, b"x" * 20_000_000) == Delivered()
+    async with listening(converse, certificates.server() if encrypted else None) as wire:
+        to = https(wire, certificates) if encrypted else target(wire.url)
+        assert await send(replace(to, timeout_s=0.2), b"x" * 20_000_000) == Delivered()
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+async def test_a_request_does_not_follow_on_one_that_was_answered_before_its_end(
+    encrypted: bool, certificates: Certificates
+) -> None:
+    done = asyncio.Event()
+
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if wire.connections == 1:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(http("413 Too Large", b""))
+            await done.wait()  # and reads no more of it
+        else:
+            await wire.request(reader)
+            writer.write(NO_CONTENT)
+
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        listening(converse, certificates.server() if encrypted else None) as wire,
+        open_upstream(
+            https(wire, certificates) if encrypted else target(wire.url),
+            SystemClock(),
+            connections=1,
+        ) as upstream,
+    ):
+        assert isinstance(await upstream.send("track", b"x" * 20_000_000), Rejected)
+        assert await upstream.send("track", BODY) == Delivered()
+        done.set()
 
 
 # --- no connection at all ----------------------------------------------------------------------------

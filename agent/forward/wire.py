@@ -21,6 +21,9 @@ from agent.forward.disposition import Response
 _ANSWER_BYTES = 65_536
 """How much of an answer is read, and how long its head may be; the API's are empty or short."""
 
+_PIECE_BYTES = 262_144
+"""How much is written at once. Whatever TLS is handed it takes, and tells nobody that the link does not."""
+
 _INTERIM = frozenset(range(100, 200)) - {101}
 """Another answer follows (RFC 9110, section 15.2), but for a switch to a protocol nobody asked for."""
 
@@ -51,6 +54,8 @@ class Wire(asyncio.Protocol):
         self._heard_s = 0.0
         self._ends_s = 0.0
         self._look_due: asyncio.TimerHandle | None = None
+        self._rest = memoryview(b"")
+        """What of the request is not written yet."""
         self._choked = False
 
     async def exchange(self, request: bytes, *, ends_s: float) -> Response:
@@ -66,13 +71,14 @@ class Wire(asyncio.Protocol):
         if self._look_due is None:
             self._look()
         try:
-            self._transport.write(request)
+            self._rest = memoryview(request)
+            self._write()
             return await answer
         except BaseException:
             self.close()
             raise
         finally:
-            self._answer = None
+            self._answer, self._rest = None, memoryview(b"")
 
     @property
     def closed(self) -> bool:
@@ -113,6 +119,22 @@ class Wire(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._choked = False
         self._heard_s = self._loop.time()
+        self._write()
+
+    # --- what is sent ---
+
+    def _write(self) -> None:
+        """Write a piece; the next one after the loop has looked around, for it may be answered."""
+        if not self._rest or self._choked or self.closed:
+            return
+        self._transport.write(self._rest[:_PIECE_BYTES])
+        self._rest = self._rest[_PIECE_BYTES:]
+        if self._rest:
+            self._loop.call_soon(self._write)
+
+    @property
+    def _sends(self) -> bool:
+        return bool(self._rest) or self._transport.get_write_buffer_size() > 0
 
     # --- what the parser tells ---
 
@@ -178,7 +200,7 @@ class Wire(asyncio.Protocol):
             return
         status = self._parser.get_status_code()
         self._answer.set_result(Response(status=status, headers=headers, body=body[:_ANSWER_BYTES]))
-        if not keep:
+        if not keep or self._sends:  # behind half a request the next one would not be seen
             self.close()
 
     def _fail(self, exc: Exception) -> None:
@@ -192,7 +214,7 @@ class Wire(asyncio.Protocol):
         if not self._awaits:
             return
         now_s = self._loop.time()
-        if self._choked:  # it is still on its way out
+        if self._sends:
             self._heard_s = now_s
         due_s = min(self._ends_s, self._heard_s + self._silence_s)
         if due_s <= now_s:
