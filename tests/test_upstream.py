@@ -378,6 +378,32 @@ async def test_an_endless_answer_is_read_no_further_than_needed() -> None:
         assert isinstance(await send(target(wire.url)), Misconfigured)
 
 
+@pytest.mark.parametrize(
+    "endless",
+    [b"X: " + b"x" * 1000 + b"\r\n", b"x" * 1000],
+    ids=["lines", "one line"],
+)
+async def test_endless_trailers_are_read_no_further_than_a_head(endless: bytes) -> None:
+    left = asyncio.Event()
+
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await wire.request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ")
+        with suppress(ConnectionError):
+            while True:
+                writer.write(endless)
+                await writer.drain()
+        left.set()
+
+    async with listening(converse) as wire:
+        found = await send(target(wire.url))
+        await left.wait()
+    assert isinstance(found, Unavailable)
+    assert "too long a head" in found.why
+
+
 async def test_an_answer_a_byte_at_a_time_ends_at_the_timeouts_together() -> None:
     async def converse(
         wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -468,7 +494,13 @@ async def test_an_interim_answer_is_passed_over(interim: bytes) -> None:
     [
         (b'HTTP/1.1 200 OK\r\n\r\n""', Delivered),
         (b"HTTP/1.0 200 OK\r\n\r\n" + PORTAL, Misconfigured),
+        (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\n""', Delivered),
         (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n""\r\n0\r\n\r\n', Delivered),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b'2\r\n""\r\n0\r\nContent-Encoding: gzip\r\n\r\n',
+            Delivered,
+        ),
         (http("200 OK", gzip.compress(b'""'), b"Content-Encoding: gzip"), Delivered),
         (http("200 OK", gzip.compress(PORTAL), b"Content-Encoding: gzip"), Misconfigured),
         (http("200 OK", zlib.compress(b'""'), b"Content-Encoding: deflate"), Delivered),
@@ -478,7 +510,7 @@ async def test_an_interim_answer_is_passed_over(interim: bytes) -> None:
             Misconfigured,
         ),
     ],
-    ids=["no length", "1.0", "chunked", "gzip", "gzip portal", "deflate", "long portal", "101"],
+    ids=["no length", "1.0", "1.1 until it ends", "chunked", "trailer", "gzip", "gzip portal", "deflate", "long portal", "101"],
 )
 async def test_an_answer_is_read_however_it_is_framed(said: bytes, meaning: type[Outcome]) -> None:
     async with listening(saying(said)) as wire:

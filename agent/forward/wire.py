@@ -50,6 +50,7 @@ class Wire(asyncio.Protocol):
         self._headers: list[tuple[bytes, bytes]] = []
         self._body = bytearray()
         self._head_bytes = 0
+        """How much was heard of the answer that is not its body: chunks and trailers count, too."""
         self._head_read = False
         self._heard_s = 0.0
         self._ends_s = 0.0
@@ -98,13 +99,12 @@ class Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard_s = self._loop.time()
-        if not self._head_read:
-            self._head_bytes += len(data)
+        self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             self._fail(aiohttp.ClientPayloadError(f"not an answer in HTTP ({exc})"))
-        if self._head_bytes > _ANSWER_BYTES and not self._head_read:
+        if self._awaits and self._head_bytes > _ANSWER_BYTES:
             self._fail(aiohttp.ClientPayloadError("the answer has too long a head"))
 
     def eof_received(self) -> None:
@@ -146,7 +146,8 @@ class Wire(asyncio.Protocol):
             self.close()  # not asked for: it would be taken for the answer to the next request
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name, value))
+        if not self._head_read:  # what a trailer says comes too late (RFC 9110, section 6.5.1)
+            self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self._head_read = True
@@ -154,6 +155,7 @@ class Wire(asyncio.Protocol):
             self._fail(aiohttp.ClientPayloadError("the answer has too long a head"))
 
     def on_body(self, piece: bytes) -> None:
+        self._head_bytes -= len(piece)
         self._body += piece
         if len(self._body) >= _ANSWER_BYTES:
             self._finish(keep=False)
@@ -183,8 +185,10 @@ class Wire(asyncio.Protocol):
     @property
     def _ends_with_the_connection(self) -> bool:
         """Whether the head says no other end of the body (RFC 9112, section 6.3)."""
-        names = {name.lower() for name, _ in self._headers}
-        return not names & {b"content-length", b"transfer-encoding"}
+        said = {name.lower(): value for name, value in self._headers}
+        if (codings := said.get(b"transfer-encoding")) is not None:
+            return codings.rpartition(b",")[2].strip().lower() != b"chunked"
+        return b"content-length" not in said
 
     def _finish(self, *, keep: bool) -> None:
         if self._answer is None or self._answer.done():
