@@ -314,10 +314,14 @@ async def test_a_redirect_is_not_followed(sandbox: Sandbox, status: int) -> None
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
         http("200 OK", b"not gzip", b"Content-Encoding: gzip"),
+        http("200 OK", gzip.compress(PORTAL)[:10], b"Content-Encoding: gzip"),
+        http("200 OK", zlib.compress(PORTAL)[:2], b"Content-Encoding: deflate"),
+        http("200 OK", gzip.compress(b"") + gzip.compress(PORTAL), b"Content-Encoding: gzip"),
+        http("400 Bad Request", b"\x8b\x00\x80{}\x03", b"Content-Encoding: br"),
         b"HTTP/1.1 100 Continue\r\n\r\n",
         b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 2",
     ],
-    ids=range(13),
+    ids=range(17),
 )
 async def test_an_answer_that_cannot_be_read_is_ambiguous_and_never_raised(said: bytes) -> None:
     async with listening(saying(said)) as wire:
@@ -504,13 +508,28 @@ async def test_an_interim_answer_is_passed_over(interim: bytes) -> None:
         (http("200 OK", gzip.compress(b'""'), b"Content-Encoding: gzip"), Delivered),
         (http("200 OK", gzip.compress(PORTAL), b"Content-Encoding: gzip"), Misconfigured),
         (http("200 OK", zlib.compress(b'""'), b"Content-Encoding: deflate"), Delivered),
+        (http("200 OK", zlib.compress(b'""', wbits=-15), b"Content-Encoding: deflate "), Delivered),
+        (http("200 OK", b"", b"Content-Encoding: br"), Delivered),
         (http("200 OK", PORTAL + b" " * 70_000), Misconfigured),
         (
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
             Misconfigured,
         ),
     ],
-    ids=["no length", "1.0", "1.1 until it ends", "chunked", "trailer", "gzip", "gzip portal", "deflate", "long portal", "101"],
+    ids=[
+        "no length",
+        "1.0",
+        "1.1 until it ends",
+        "chunked",
+        "trailer",
+        "gzip",
+        "gzip portal",
+        "deflate",
+        "bare deflate",
+        "br",
+        "long portal",
+        "101",
+    ],
 )
 async def test_an_answer_is_read_however_it_is_framed(said: bytes, meaning: type[Outcome]) -> None:
     async with listening(saying(said)) as wire:

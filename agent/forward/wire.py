@@ -199,8 +199,8 @@ class Wire(asyncio.Protocol):
         )
         try:
             body = _plain(bytes(self._body), headers.get("Content-Encoding", ""))
-        except zlib.error as exc:
-            self._fail(aiohttp.ClientPayloadError(f"not compressed as it says ({exc})"))
+        except aiohttp.ClientPayloadError as exc:
+            self._fail(exc)
             return
         status = self._parser.get_status_code()
         self._answer.set_result(Response(status=status, headers=headers, body=body[:_ANSWER_BYTES]))
@@ -228,7 +228,22 @@ class Wire(asyncio.Protocol):
 
 
 def _plain(body: bytes, encoding: str) -> bytes:
-    """Return *body* decompressed: nobody asked for that, but a stranger in between may send it so."""
-    if encoding.lower() not in {"gzip", "x-gzip", "deflate"}:
+    """Return *body* decompressed: nobody asked for that, but a stranger in between may send it so.
+
+    Raises `aiohttp.ClientPayloadError` for what is cut short: half of it may mean something else.
+    """
+    coding = encoding.strip().lower()
+    if not body or coding in {"", "identity"}:
         return body
-    return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, _ANSWER_BYTES)
+    if coding not in {"gzip", "x-gzip", "deflate"}:
+        raise aiohttp.ClientPayloadError(f"compressed as nobody asked for ({coding})")
+    # Some call deflate what lacks the two bytes that zlib puts before it.
+    bare = coding == "deflate" and body[0] & 0x0F != zlib.DEFLATED
+    stream = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
+    try:
+        plain = stream.decompress(body, _ANSWER_BYTES)
+    except zlib.error as exc:
+        raise aiohttp.ClientPayloadError(f"not compressed as it says ({exc})") from exc
+    if len(plain) < _ANSWER_BYTES and (not stream.eof or stream.unused_data):
+        raise aiohttp.ClientPayloadError("not compressed as it says (its end is elsewhere)")
+    return plain
