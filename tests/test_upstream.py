@@ -622,6 +622,34 @@ async def test_a_connection_that_the_upstream_closed_meanwhile_is_not_used_again
         assert await upstream.send("track", BODY) == Delivered()
 
 
+async def test_a_connection_that_breaks_at_the_moment_of_its_next_use_is_not_used() -> None:
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        listening(saying(NO_CONTENT, NO_CONTENT)) as wire,
+        open_pool(target(wire.url), {}, connections=1) as pool,
+    ):
+        tls = ssl.create_default_context()
+        await pool.post("/", BODY, tls)
+        pool._idle[0]._transport.abort()  # of which it is told in the loop's next turn
+        assert (await pool.post("/", BODY, tls)).status == 204
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+async def test_an_upstream_that_speaks_before_it_is_asked_is_not_waited_for(
+    encrypted: bool, certificates: Certificates
+) -> None:
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        writer.write(http("500 Oops", b""))
+        await reader.read(-1)
+
+    async with listening(converse, certificates.server() if encrypted else None) as wire:
+        found = await send(https(wire, certificates) if encrypted else target(wire.url))
+    # As its answer, where that is still to be had.
+    assert isinstance(found, Failed) or not (isinstance(found, Unavailable) and found.ambiguous)
+
+
 @pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
 async def test_an_upstream_is_not_called_silent_while_it_still_takes_the_body(
     encrypted: bool, certificates: Certificates
