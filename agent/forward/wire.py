@@ -57,6 +57,7 @@ class Wire(asyncio.Protocol):
         self._look_due: asyncio.TimerHandle | None = None
         self._rest = memoryview(b"")
         """What of the request is not written yet."""
+        self._encrypts = False
         self._choked = False
 
     async def exchange(self, request: bytes, *, ends_s: float) -> Response:
@@ -96,6 +97,7 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._encrypts = transport.get_extra_info("sslcontext") is not None
 
     def data_received(self, data: bytes) -> None:
         self._heard_s = self._loop.time()
@@ -127,8 +129,10 @@ class Wire(asyncio.Protocol):
         """Write a piece; the next one after the loop has looked around, for it may be answered."""
         if not self._rest or self._choked or self.closed:
             return
-        self._transport.write(self._rest[:_PIECE_BYTES])
-        self._rest = self._rest[_PIECE_BYTES:]
+        # Without TLS each further write may meet a reset, and with it lose an answer not yet read.
+        piece_bytes = _PIECE_BYTES if self._encrypts else len(self._rest)
+        self._transport.write(self._rest[:piece_bytes])
+        self._rest = self._rest[piece_bytes:]
         if self._rest:
             self._loop.call_soon(self._write)
 
