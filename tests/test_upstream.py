@@ -501,8 +501,10 @@ async def test_an_interim_answer_is_passed_over(interim: bytes) -> None:
         (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\n""', Delivered),
         (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n""\r\n0\r\n\r\n', Delivered),
         (
-            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-            + b'2\r\n""\r\n0\r\nContent-Encoding: gzip\r\n\r\n',
+            (
+                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+                b'2\r\n""\r\n0\r\nContent-Encoding: gzip\r\n\r\n'
+            ),
             Delivered,
         ),
         (http("200 OK", gzip.compress(b'""'), b"Content-Encoding: gzip"), Delivered),
