@@ -12,8 +12,10 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import uvloop
 from certificates import Certificates, why_no_certificates
 
 from agent.clock import SystemClock
@@ -33,6 +35,8 @@ from agent.forward.upstream import Refusing, open_upstream
 KEY = "wk-5up3r-s3cr3t"
 BODY = '{"event":"Café","userId":"u1","messageId":"m1"}'.encode()
 DEADLINE_S = 10.0
+LOOPS = {"uvloop": uvloop.new_event_loop}
+"""Beside asyncio's own: transports differ."""
 
 PORTAL = b"<html><body>Please log in</body></html>"
 
@@ -63,6 +67,13 @@ async def send(to: Target, *bodies: bytes) -> Outcome:
     assert found is not None
     assert KEY not in repr(found)
     return found
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    if why := why_no_certificates():
+        pytest.skip(why)
+    return Certificates(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture
@@ -303,8 +314,14 @@ async def test_a_redirect_is_not_followed(sandbox: Sandbox, status: int) -> None
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
         http("200 OK", b"not gzip", b"Content-Encoding: gzip"),
+        http("200 OK", gzip.compress(PORTAL)[:10], b"Content-Encoding: gzip"),
+        http("200 OK", zlib.compress(PORTAL)[:2], b"Content-Encoding: deflate"),
+        http("200 OK", gzip.compress(b"") + gzip.compress(PORTAL), b"Content-Encoding: gzip"),
+        http("400 Bad Request", b"\x8b\x00\x80{}\x03", b"Content-Encoding: br"),
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 2",
     ],
-    ids=range(11),
+    ids=range(17),
 )
 async def test_an_answer_that_cannot_be_read_is_ambiguous_and_never_raised(said: bytes) -> None:
     async with listening(saying(said)) as wire:
@@ -363,6 +380,32 @@ async def test_an_endless_answer_is_read_no_further_than_needed() -> None:
 
     async with listening(converse) as wire:
         assert isinstance(await send(target(wire.url)), Misconfigured)
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [b"X: " + b"x" * 1000 + b"\r\n", b"x" * 1000],
+    ids=["lines", "one line"],
+)
+async def test_endless_trailers_are_read_no_further_than_a_head(endless: bytes) -> None:
+    left = asyncio.Event()
+
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await wire.request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ")
+        with suppress(ConnectionError):
+            while True:
+                writer.write(endless)
+                await writer.drain()
+        left.set()
+
+    async with listening(converse) as wire:
+        found = await send(target(wire.url))
+        await left.wait()
+    assert isinstance(found, Unavailable)
+    assert "too long a head" in found.why
 
 
 async def test_an_answer_a_byte_at_a_time_ends_at_the_timeouts_together() -> None:
@@ -455,17 +498,40 @@ async def test_an_interim_answer_is_passed_over(interim: bytes) -> None:
     [
         (b'HTTP/1.1 200 OK\r\n\r\n""', Delivered),
         (b"HTTP/1.0 200 OK\r\n\r\n" + PORTAL, Misconfigured),
+        (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\n""', Delivered),
         (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n""\r\n0\r\n\r\n', Delivered),
+        (
+            (
+                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+                b'2\r\n""\r\n0\r\nContent-Encoding: gzip\r\n\r\n'
+            ),
+            Delivered,
+        ),
         (http("200 OK", gzip.compress(b'""'), b"Content-Encoding: gzip"), Delivered),
         (http("200 OK", gzip.compress(PORTAL), b"Content-Encoding: gzip"), Misconfigured),
         (http("200 OK", zlib.compress(b'""'), b"Content-Encoding: deflate"), Delivered),
+        (http("200 OK", zlib.compress(b'""', wbits=-15), b"Content-Encoding: deflate "), Delivered),
+        (http("200 OK", b"", b"Content-Encoding: br"), Delivered),
         (http("200 OK", PORTAL + b" " * 70_000), Misconfigured),
         (
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
             Misconfigured,
         ),
     ],
-    ids=["no length", "1.0", "chunked", "gzip", "gzip portal", "deflate", "long portal", "101"],
+    ids=[
+        "no length",
+        "1.0",
+        "1.1 until it ends",
+        "chunked",
+        "trailer",
+        "gzip",
+        "gzip portal",
+        "deflate",
+        "bare deflate",
+        "br",
+        "long portal",
+        "101",
+    ],
 )
 async def test_an_answer_is_read_however_it_is_framed(said: bytes, meaning: type[Outcome]) -> None:
     async with listening(saying(said)) as wire:
@@ -526,7 +592,70 @@ async def test_a_connection_without_requests_is_closed_in_time() -> None:
         await left.wait()
 
 
-async def test_an_upstream_is_not_called_silent_while_it_still_takes_the_body() -> None:
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+async def test_a_connection_that_the_upstream_closed_meanwhile_is_not_used_again(
+    encrypted: bool, certificates: Certificates
+) -> None:
+    answered, left = asyncio.Event(), asyncio.Event()
+
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await wire.request(reader)
+        writer.write(NO_CONTENT)
+        if wire.connections == 1:
+            await answered.wait()
+            writer.close()
+            await reader.read()
+            left.set()
+
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        listening(converse, certificates.server() if encrypted else None) as wire,
+        open_upstream(
+            https(wire, certificates) if encrypted else target(wire.url),
+            SystemClock(),
+            connections=1,
+        ) as upstream,
+    ):
+        assert await upstream.send("track", BODY) == Delivered()
+        answered.set()
+        await left.wait()
+        assert await upstream.send("track", BODY) == Delivered()
+
+
+async def test_a_connection_that_breaks_at_the_moment_of_its_next_use_is_not_used() -> None:
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        listening(saying(NO_CONTENT, NO_CONTENT)) as wire,
+        open_pool(target(wire.url), {}, connections=1) as pool,
+    ):
+        tls = ssl.create_default_context()
+        await pool.post("/", BODY, tls)
+        pool._idle[0]._transport.abort()  # of which it is told in the loop's next turn
+        assert (await pool.post("/", BODY, tls)).status == 204
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+async def test_an_upstream_that_speaks_before_it_is_asked_is_not_waited_for(
+    encrypted: bool, certificates: Certificates
+) -> None:
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        writer.write(http("500 Oops", b""))
+        await reader.read(-1)
+
+    async with listening(converse, certificates.server() if encrypted else None) as wire:
+        found = await send(https(wire, certificates) if encrypted else target(wire.url))
+    # As its answer, where that is still to be had.
+    assert isinstance(found, Failed) or not (isinstance(found, Unavailable) and found.ambiguous)
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+async def test_an_upstream_is_not_called_silent_while_it_still_takes_the_body(
+    encrypted: bool, certificates: Certificates
+) -> None:
     async def converse(
         wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
@@ -537,9 +666,40 @@ async def test_an_upstream_is_not_called_silent_while_it_still_takes_the_body() 
         await reader.readexactly(20_000_000)
         writer.write(NO_CONTENT)
 
-    async with listening(converse) as wire:
-        to = replace(target(wire.url), timeout_s=0.2)
-        assert await send(to, b"x" * 20_000_000) == Delivered()
+    async with listening(converse, certificates.server() if encrypted else None) as wire:
+        to = https(wire, certificates) if encrypted else target(wire.url)
+        assert await send(replace(to, timeout_s=0.2), b"x" * 20_000_000) == Delivered()
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+async def test_a_request_does_not_follow_on_one_that_was_answered_before_its_end(
+    encrypted: bool, certificates: Certificates
+) -> None:
+    done = asyncio.Event()
+
+    async def converse(
+        wire: Wire, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if wire.connections == 1:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(http("413 Too Large", b""))
+            await done.wait()  # and reads no more of it
+        else:
+            await wire.request(reader)
+            writer.write(NO_CONTENT)
+
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        listening(converse, certificates.server() if encrypted else None) as wire,
+        open_upstream(
+            https(wire, certificates) if encrypted else target(wire.url),
+            SystemClock(),
+            connections=1,
+        ) as upstream,
+    ):
+        assert isinstance(await upstream.send("track", b"x" * 20_000_000), Rejected)
+        assert await upstream.send("track", BODY) == Delivered()
+        done.set()
 
 
 # --- no connection at all ----------------------------------------------------------------------------
@@ -685,13 +845,6 @@ async def test_a_proxy_that_is_down_is_not_ambiguous(sandbox: Sandbox) -> None:
 # --- TLS ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    if why := why_no_certificates():
-        pytest.skip(why)
-    return Certificates(tmp_path_factory.mktemp("tls"))
-
-
 def https(wire: Wire, certificates: Certificates | None = None) -> Target:
     to = target(f"https://127.0.0.1:{wire.port}")
     return to if certificates is None else replace(to, ca_file=certificates["ca.pem"])
@@ -769,9 +922,9 @@ async def test_tls_files_that_cannot_be_loaded_hold_everything(
 
 
 async def test_a_certificate_file_that_comes_later_ends_the_hold(
-    certificates: Certificates,
+    certificates: Certificates, tmp_path: Path
 ) -> None:
-    late = certificates["late.pem"]
+    late = tmp_path / "late.pem"
     async with listening(saying(NO_CONTENT), certificates.server()) as wire:
         to = replace(https(wire), ca_file=late)
         async with open_upstream(to, SystemClock(), connections=1) as upstream:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
 import aiohttp
+from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
 from yarl import URL
 
@@ -63,7 +64,7 @@ class Pool:
         """
         deadline_s = self._loop.time() + self._total_s
         line = self._request_lines.get(path) or self._request_line(path)
-        wire = self._idle.pop() if self._idle else await self._connect(tls)
+        wire = self._last_idle() or await self._connect(tls)
         answer = await wire.exchange(
             b"%b%bContent-Length: %d\r\n\r\n%b" % (line, self._field_lines, len(body), body),
             deadline_s=deadline_s,
@@ -99,13 +100,15 @@ class Pool:
             raise aiohttp.ConnectionTimeoutError from exc
         # With the proxy's, if it wants them here.
         self._field_lines = _field_lines(request.headers.items())
-        return self._adopt(connection)
+        return self._adopt(connection, request.connection_key)
 
-    def _adopt(self, connection: Connection) -> Wire:
-        transport = connection.transport
-        if transport is None or transport.is_closing():
+    def _adopt(self, connection: Connection, key: ConnectionKey) -> Wire:
+        transport, so_far = connection.transport, connection.protocol
+        if transport is None or so_far is None or transport.is_closing() or so_far.should_close:
             connection.close()
-            raise aiohttp.ServerDisconnectedError
+            # Whatever it said is gone, and would be missed as the answer.
+            reason = OSError("the other side hung up, or spoke before it was asked")
+            raise aiohttp.ClientConnectorError(key, reason)
         wire = Wire(silence_s=self._target.timeout_s, lost=self._forget)
         wire.connection_made(transport)
         transport.set_protocol(wire)
@@ -130,6 +133,14 @@ class Pool:
         self._idle.append(wire)
         if self._sweep_due is None:
             self._sweep_due = self._loop.call_later(self._keepalive_s, self._sweep)
+
+    def _last_idle(self) -> Wire | None:
+        """Return a connection to use again; None if there is none."""
+        while self._idle:
+            wire = self._idle.pop()
+            if not wire.closed:  # it is told a little later than its transport knows
+                return wire
+        return None
 
     def _sweep(self) -> None:
         """Close what was idle for too long."""

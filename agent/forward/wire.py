@@ -21,11 +21,11 @@ from agent.forward.disposition import Response
 _ANSWER_BYTES = 65_536
 """How much of an answer is read, and how long its head may be; the API's are empty or short."""
 
-_FINAL = 200
-"""From this status on it is the answer; before it, another one follows (RFC 9110, section 15.2)."""
+_PIECE_BYTES = 262_144
+"""How much is written at once. Whatever TLS is handed it takes, and tells nobody that the link does not."""
 
-_SWITCHED = 101
-"""Nobody asked for another protocol: nothing that could be read follows."""
+_INTERIM = frozenset(range(100, 200)) - {101}
+"""Another answer follows (RFC 9110, section 15.2), but for a switch to a protocol nobody asked for."""
 
 
 class Wire(asyncio.Protocol):
@@ -50,10 +50,14 @@ class Wire(asyncio.Protocol):
         self._headers: list[tuple[bytes, bytes]] = []
         self._body = bytearray()
         self._head_bytes = 0
+        """How much was heard of the answer that is not its body: chunks and trailers count, too."""
         self._head_read = False
         self._heard_s = 0.0
         self._deadline_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._rest = memoryview(b"")
+        """What of the request is not written yet."""
+        self._encrypts = False
         self._choked = False
 
     async def exchange(self, request: bytes, *, deadline_s: float) -> Response:
@@ -69,13 +73,14 @@ class Wire(asyncio.Protocol):
         if self._timer is None:
             self._watch()
         try:
-            self._transport.write(request)
+            self._rest = memoryview(request)
+            self._write()
             return await answer
         except BaseException:
             self.close()
             raise
         finally:
-            self._answer = None
+            self._answer, self._rest = None, memoryview(b"")
 
     @property
     def closed(self) -> bool:
@@ -92,16 +97,16 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._encrypts = transport.get_extra_info("sslcontext") is not None
 
     def data_received(self, data: bytes) -> None:
         self._heard_s = self._loop.time()
-        if not self._head_read:
-            self._head_bytes += len(data)
+        self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
             self._fail(aiohttp.ClientPayloadError(f"not an answer in HTTP ({exc})"))
-        if self._head_bytes > _ANSWER_BYTES and not self._head_read:
+        if self._awaits and self._head_bytes > _ANSWER_BYTES:
             self._fail(aiohttp.ClientPayloadError("the answer has too long a head"))
 
     def eof_received(self) -> None:
@@ -116,6 +121,24 @@ class Wire(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._choked = False
         self._heard_s = self._loop.time()
+        self._write()
+
+    # --- what is sent ---
+
+    def _write(self) -> None:
+        """Write a piece; the next one after the loop has looked around, for it may be answered."""
+        if not self._rest or self._choked or self.closed:
+            return
+        # Without TLS each further write may meet a reset, and with it lose an answer not yet read.
+        piece_bytes = _PIECE_BYTES if self._encrypts else len(self._rest)
+        self._transport.write(self._rest[:piece_bytes])
+        self._rest = self._rest[piece_bytes:]
+        if self._rest:
+            self._loop.call_soon(self._write)
+
+    @property
+    def _sends(self) -> bool:
+        return bool(self._rest) or self._transport.get_write_buffer_size() > 0
 
     # --- what the parser tells ---
 
@@ -127,7 +150,8 @@ class Wire(asyncio.Protocol):
             self.close()  # not asked for: it would be taken for the answer to the next request
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name, value))
+        if not self._head_read:  # what a trailer says comes too late (RFC 9110, section 6.5.1)
+            self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self._head_read = True
@@ -135,13 +159,15 @@ class Wire(asyncio.Protocol):
             self._fail(aiohttp.ClientPayloadError("the answer has too long a head"))
 
     def on_body(self, piece: bytes) -> None:
+        self._head_bytes -= len(piece)
         self._body += piece
         if len(self._body) >= _ANSWER_BYTES:
             self._finish(keep=False)
 
     def on_message_complete(self) -> None:
-        status = self._parser.get_status_code()
-        if status >= _FINAL or status == _SWITCHED:
+        if self._parser.get_status_code() in _INTERIM:
+            self._head_bytes, self._head_read = 0, False
+        else:
             self._finish(keep=self._parser.should_keep_alive())
 
     # --- how it ends ---
@@ -151,7 +177,7 @@ class Wire(asyncio.Protocol):
         return self._answer is not None and not self._answer.done()
 
     def _end(self, exc: Exception | None) -> None:
-        if self._head_read and exc is None and self._ends_with_the_connection:
+        if self._awaits and self._head_read and exc is None and self._ends_with_the_connection:
             self._finish(keep=False)
         elif exc is not None:
             self._fail(exc)
@@ -163,8 +189,10 @@ class Wire(asyncio.Protocol):
     @property
     def _ends_with_the_connection(self) -> bool:
         """Whether the head says no other end of the body (RFC 9112, section 6.3)."""
-        names = {name.lower() for name, _ in self._headers}
-        return not names & {b"content-length", b"transfer-encoding"}
+        said = {name.lower(): value for name, value in self._headers}
+        if (codings := said.get(b"transfer-encoding")) is not None:
+            return codings.rpartition(b",")[2].strip().lower() != b"chunked"
+        return b"content-length" not in said
 
     def _finish(self, *, keep: bool) -> None:
         if self._answer is None or self._answer.done():
@@ -175,12 +203,12 @@ class Wire(asyncio.Protocol):
         )
         try:
             body = _plain(bytes(self._body), headers.get("Content-Encoding", ""))
-        except zlib.error as exc:
-            self._fail(aiohttp.ClientPayloadError(f"not compressed as it says ({exc})"))
+        except aiohttp.ClientPayloadError as exc:
+            self._fail(exc)
             return
         status = self._parser.get_status_code()
         self._answer.set_result(Response(status=status, headers=headers, body=body[:_ANSWER_BYTES]))
-        if not keep:
+        if not keep or self._sends:  # behind half a request the next one would not be seen
             self.close()
 
     def _fail(self, exc: Exception) -> None:
@@ -194,7 +222,7 @@ class Wire(asyncio.Protocol):
         if not self._awaits:
             return
         now_s = self._loop.time()
-        if self._choked:  # it is still on its way out
+        if self._sends:
             self._heard_s = now_s
         due_s = min(self._deadline_s, self._heard_s + self._silence_s)
         if due_s <= now_s:
@@ -204,7 +232,22 @@ class Wire(asyncio.Protocol):
 
 
 def _plain(body: bytes, encoding: str) -> bytes:
-    """Return *body* decompressed: nobody asked for that, but a stranger in between may send it so."""
-    if encoding.lower() not in {"gzip", "x-gzip", "deflate"}:
+    """Return *body* decompressed: nobody asked for that, but a stranger in between may send it so.
+
+    Raises `aiohttp.ClientPayloadError` for what is cut short: half of it may mean something else.
+    """
+    coding = encoding.strip().lower()
+    if not body or coding in {"", "identity"}:
         return body
-    return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, _ANSWER_BYTES)
+    if coding not in {"gzip", "x-gzip", "deflate"}:
+        raise aiohttp.ClientPayloadError(f"compressed as nobody asked for ({coding})")
+    # Some call deflate what lacks the two bytes that zlib puts before it.
+    bare = coding == "deflate" and body[0] & 0x0F != zlib.DEFLATED
+    stream = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
+    try:
+        plain = stream.decompress(body, _ANSWER_BYTES)
+    except zlib.error as exc:
+        raise aiohttp.ClientPayloadError(f"not compressed as it says ({exc})") from exc
+    if len(plain) < _ANSWER_BYTES and (not stream.eof or stream.unused_data):
+        raise aiohttp.ClientPayloadError("not compressed as it says (its end is elsewhere)")
+    return plain
