@@ -106,6 +106,21 @@ async def test_ids_of_the_same_hash_are_told_apart(
         assert [receipt.message_id for receipt in found] == ["id1", "id29"]
 
 
+async def test_ids_of_the_same_hash_are_told_apart_in_one_call_and_after_a_restart(
+    outbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One in three has a hash of its own, as all others have but for once in centuries.
+    monkeypatch.setattr(ids, "id_hash", lambda name: int(name) if int(name) % 3 == 0 else 7)
+    names = [_event(str(number)) for number in range(30)]
+    async with open_writer(outbox, POLICY, SystemClock()) as writer:
+        assert await writer.append(names[:12]) == [Appended.STORED] * 12
+        assert await writer.append(names[4:20]) == [Appended.REPLAYED] * 8 + [Appended.STORED] * 8
+    async with open_writer(outbox, POLICY, SystemClock()) as writer:
+        assert await writer.append(names) == [Appended.REPLAYED] * 20 + [Appended.STORED] * 10
+        for event in names:
+            assert await writer.append([event]) == [Appended.REPLAYED]
+
+
 async def test_a_rolled_back_event_is_not_known(outbox: Path) -> None:
     async with open_writer(outbox, POLICY, SystemClock()) as writer:
         await writer.perform(lambda store: store.fetch("PRAGMA max_page_count = 40"))

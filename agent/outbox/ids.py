@@ -7,16 +7,17 @@ in memory, and go into the index many at a time, in its order:
     add ─▶ recent ──RECENT of them──▶ merging ──SLICE or more a transaction──▶ table `known`
 
 After a crash nothing is missing: every event above `ledger.indexed_upto` is read into memory when
-the outbox is opened. The index holds hashes of messageIds, and neither it nor the memory is
-believed: an id is known if there is an event of that seq with that id, for that upstream.
+the outbox is opened. Index and memory hold hashes of messageIds, and neither is believed: an id is
+known if there is an event of that seq with that id, for that upstream. Of two ids with the same hash
+memory holds one; the other goes to the disk at once.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import blake2b
-from operator import itemgetter
+from itertools import count
 
 import msgspec
 
@@ -28,6 +29,9 @@ SLICE = 1_024
 
 Id = str | tuple[str, str]
 """What makes an event the same one: its messageId, for a named upstream with the name in front."""
+
+Key = int | tuple[str, int]
+"""An id with the hash of its messageId in place of that."""
 
 _UNINDEXED = """
 SELECT upstream, message_id, seq
@@ -74,6 +78,11 @@ def id_of(upstream: str, message_id: str) -> Id:
     return (upstream, message_id) if upstream else message_id
 
 
+def key_of(upstream: str, message_id: str) -> Key:
+    key = id_hash(message_id)
+    return (upstream, key) if upstream else key
+
+
 def id_hash(message_id: str) -> int:
     """Return the key of *message_id* in the index: 64 bits, signed as SQLite's integers are."""
     digest = blake2b(message_id.encode(), digest_size=8).digest()
@@ -88,33 +97,43 @@ class KnownIds:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
-        self._recent: dict[Id, int] = {
-            id_of(upstream, message_id): seq for upstream, message_id, seq in db.execute(_UNINDEXED)
-        }
-        self._merging: dict[Id, int] = {}
-        self._unmerged: list[tuple[int, Id]] = []
-        """What of `_merging` is not in the index yet: (hash, id), the smallest hash last."""
+        self._recent: dict[Key, int] = {}
+        self._merging: dict[Key, int] = {}
+        self._unmerged: list[tuple[int, int]] = []
+        """What of `_merging` is not in the index yet: (hash, seq), the smallest hash last."""
         self._merging_upto = 0
         """The events up to this seq are all in the index or in `_merging`."""
-        self._added: dict[Id, int] = {}
-        self._gone: list[tuple[Id, int]] = []
+        self._forgotten: set[int] = set()
+        """Seqs that were forgotten since they stood in `_unmerged`."""
+        self._added: dict[Key, int] = {}
+        self._gone: list[tuple[Key, int]] = []
         self._merged = 0
         """What the open transaction added, forgot and merged."""
+        for upstream, message_id, seq in db.execute(_UNINDEXED):
+            # Another one of the same hash is in the index already.
+            self._recent.setdefault(key_of(upstream, message_id), seq)
 
     @property
     def due(self) -> bool:
         """Whether `merge` has something to do."""
         return bool(self._unmerged) or len(self._recent) >= RECENT
 
+    def may_be_new(self, keys: Sequence[Key]) -> bool:
+        """Return whether all of *keys* differ, and memory knows none: the index still may."""
+        return len(set(keys)) == len(keys) and all(
+            memory.keys().isdisjoint(keys) for memory in self._memories
+        )
+
+    @property
+    def _memories(self) -> tuple[dict[Key, int], ...]:
+        """The newest first: what was forgotten by the open transaction may stand in the others."""
+        return self._added, self._recent, self._merging
+
     def recall(self, ids: Iterable[Id]) -> dict[Id, int]:
         """Return the seqs of those of *ids* that memory knows: the index may not have them yet."""
         found: dict[Id, int] = {}
         for event_id in ids:
-            seq = (
-                self._added.get(event_id)
-                or self._recent.get(event_id)
-                or self._merging.get(event_id)
-            )
+            seq = self._held(_key(event_id))
             if seq is not None and self._is(event_id, seq):
                 found[event_id] = seq
         return found
@@ -122,33 +141,49 @@ class KnownIds:
     def find(self, ids: Collection[Id]) -> dict[Id, int]:
         """Return the seqs of those of *ids* that are known."""
         found = self.recall(ids)
-        elsewhere = [event_id for event_id in ids if event_id not in found]
+        elsewhere = {event_id for event_id in ids if event_id not in found}
         if elsewhere:
-            wanted = set(elsewhere)
-            id_hashes = msgspec.json.encode([hash_of(event_id) for event_id in elsewhere]).decode()
-            for upstream, message_id, seq in self._db.execute(_FIND, {"id_hashes": id_hashes}):
+            id_hashes = [hash_of(_key(event_id)) for event_id in elsewhere]
+            values = {"id_hashes": msgspec.json.encode(id_hashes).decode()}
+            for upstream, message_id, seq in self._db.execute(_FIND, values):
                 event_id = id_of(upstream, message_id)
-                if event_id in wanted:
+                if event_id in elsewhere:
                     found[event_id] = seq
         return found
+
+    def _held(self, key: Key) -> int | None:
+        return next((memory[key] for memory in self._memories if key in memory), None)
 
     def _is(self, event_id: Id, seq: int) -> bool:
         upstream, message_id = ("", event_id) if isinstance(event_id, str) else event_id
         values = {"seq": seq, "message_id": message_id, "upstream": upstream}
         return self._db.execute(_IS, values).fetchone() is not None
 
-    def add(self, new: Mapping[Id, int]) -> None:
-        """Know new events, whose seqs are the highest so far, by their ids."""
-        self._added.update(new)
+    def add(self, keys: Sequence[Key], first_seq: int) -> None:
+        """Know new events, whose seqs begin at *first_seq* and are the highest so far."""
+        if self.may_be_new(keys):
+            self._added.update(zip(keys, count(first_seq), strict=False))
+            return
+        for key, seq in zip(keys, count(first_seq), strict=False):
+            held = self._held(key)
+            if held is None or (key, held) in self._gone:
+                self._added[key] = seq
+            else:
+                self._index([(hash_of(key), seq)])
 
     def index(self, ids: Iterable[tuple[Id, int]]) -> None:
         """Know events that are not new, as (id, seq): they go to the disk at once."""
-        self._index(sorted((hash_of(event_id), seq) for event_id, seq in ids))
+        self._index(sorted((hash_of(_key(event_id)), seq) for event_id, seq in ids))
+
+    def move(self, event_id: Id, old_seq: int, new_seq: int) -> None:
+        """Know an event by another seq, the highest so far."""
+        self.forget([(event_id, old_seq)])
+        self.add([_key(event_id)], new_seq)
 
     def forget(self, ids: Iterable[tuple[Id, int]]) -> None:
-        """Forget events that are gone or have another seq now, as (id, old seq)."""
-        gone = list(ids)
-        rows = sorted((hash_of(event_id), seq) for event_id, seq in gone)
+        """Forget events, as (id, seq)."""
+        gone = [(_key(event_id), seq) for event_id, seq in ids]
+        rows = sorted((hash_of(key), seq) for key, seq in gone)
         self._db.executemany(_FORGET, [{"id_hash": key, "seq": seq} for key, seq in rows])
         self._gone += gone
 
@@ -160,18 +195,16 @@ class KnownIds:
             self._merging, self._recent = self._recent, {}
             self._merging_upto = max(self._merging.values())
             self._unmerged = sorted(
-                ((hash_of(event_id), event_id) for event_id in self._merging),
-                key=_by_hash,
-                reverse=True,
+                ((hash_of(key), seq) for key, seq in self._merging.items()), reverse=True
             )
         # Faster than events come in, however many a transaction brings, or memory would grow.
         self._merged = min(max(SLICE, 2 * len(self._added)), len(self._unmerged))
-        gone = {event_id for event_id, seq in self._gone if self._merging.get(event_id) == seq}
+        forgotten = self._forgotten | {seq for _, seq in self._gone}
         self._index(
             [
-                (key, self._merging[event_id])
-                for key, event_id in reversed(self._unmerged[-self._merged :])
-                if event_id in self._merging and event_id not in gone
+                (id_hash, seq)
+                for id_hash, seq in reversed(self._unmerged[-self._merged :])
+                if seq not in forgotten
             ]
         )
         if self._merged == len(self._unmerged):
@@ -183,15 +216,16 @@ class KnownIds:
 
     def committed(self) -> None:
         """The transaction holds."""
-        for event_id, seq in self._gone:
+        for key, seq in self._gone:
             for memory in (self._recent, self._merging):
-                if memory.get(event_id) == seq:
-                    del memory[event_id]
+                if memory.get(key) == seq:
+                    del memory[key]
         self._recent.update(self._added)
-        if self._merged:
-            del self._unmerged[-self._merged :]
+        if self._unmerged:
+            self._forgotten.update(seq for _, seq in self._gone)
+            del self._unmerged[len(self._unmerged) - self._merged :]
             if not self._unmerged:
-                self._merging = {}
+                self._merging, self._forgotten = {}, set()
         self.rolled_back()
 
     def rolled_back(self) -> None:
@@ -199,9 +233,10 @@ class KnownIds:
         self._added, self._gone, self._merged = {}, [], 0
 
 
-def hash_of(event_id: Id) -> int:
-    """Return the key of *event_id* in the index: that of its messageId, by which people look, too."""
-    return id_hash(event_id if isinstance(event_id, str) else event_id[1])
+def hash_of(key: Key) -> int:
+    """Return the key of an event in the index: the hash of its messageId, by which people look, too."""
+    return key if isinstance(key, int) else key[1]
 
 
-_by_hash = itemgetter(0)
+def _key(event_id: Id) -> Key:
+    return key_of(*(("", event_id) if isinstance(event_id, str) else event_id))

@@ -47,8 +47,7 @@ def requeue(store: Store, seqs: Sequence[int], *, now_ms: int) -> int:
     rows: list[dict[str, Any]] = []
     for event_id, seq in store.ids_of(dict.fromkeys(seqs), "dead"):
         store.last_seq += 1
-        store.ids.forget([(event_id, seq)])
-        store.ids.add({event_id: store.last_seq})
+        store.ids.move(event_id, seq, store.last_seq)
         if not isinstance(event_id, str):
             store.backlogs.grow([event_id[0]])
         rows.append({"seq": seq, "new_seq": store.last_seq, "now_ms": now_ms})

@@ -7,8 +7,7 @@ It runs in the thread of the write connection (`Database.transact`).
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, assert_never
 
@@ -17,7 +16,7 @@ import msgspec
 from agent.event import Event
 from agent.outbox.apps import Apps, shared
 from agent.outbox.backlogs import Backlogs
-from agent.outbox.ids import Id, KnownIds, hash_of, id_of
+from agent.outbox.ids import Id, Key, KnownIds, hash_of, id_of, key_of
 from agent.outbox.procedures import MOST_ROWS, KnownError, Procedures
 from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State
 
@@ -154,6 +153,9 @@ SELECT (SELECT page_count FROM pragma_page_count),
        (SELECT page_size FROM pragma_page_size)
 """
 
+_Keyed = tuple[Key, Event]
+"""A new event, with what memory knows its id by."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
@@ -209,12 +211,9 @@ class Store:
 
     def append(self, events: Sequence[Event]) -> list[Appended]:
         """Queue the events whose ids are not known yet; return what became of each, in order."""
-        ids = [_id(event) for event in events]
-        recalled = self.ids.recall(ids)
-        fresh: dict[Id, Event] = {}
-        for event_id, event in zip(ids, events, strict=True):
-            if event_id not in recalled:
-                fresh.setdefault(event_id, event)
+        fresh = [(key_of(event.upstream, event.message_id), event) for event in events]
+        if not self.ids.may_be_new([key for key, _ in fresh]):
+            fresh = self._not_recalled(fresh)
         one_statement = (
             not self._db.in_transaction
             and len(fresh) == len(events) <= MOST_ROWS
@@ -226,68 +225,78 @@ class Store:
         stored = self._append_fresh(fresh)
         results = [Appended.STORED] * len(events)
         if len(stored) < len(events):
-            results = self._tell_apart(ids, events, stored)
+            results = self._tell_apart(events, stored)
         self.ids.merge()
         return results
 
-    def _append_fresh(self, fresh: Mapping[Id, Event]) -> dict[Id, int]:
-        """Queue those of *fresh* that are not in the index either; return their seqs."""
-        if len(fresh) <= MOST_ROWS:
-            with suppress(KnownError):
-                return self._insert(fresh)
-            self.begin()
-        # Of several statements the first would hold when the second met one that is known.
-        found = self.ids.find(fresh)
-        return self._insert(
-            {event_id: fresh[event_id] for event_id in fresh if event_id not in found}
-        )
+    def _not_recalled(self, keyed: Sequence[_Keyed]) -> list[_Keyed]:
+        """Return the first of each id that memory does not know."""
+        first = dict[Id, _Keyed]()
+        for key, event in keyed:
+            first.setdefault(_id(event), (key, event))
+        recalled = self.ids.recall(first)
+        return [first[event_id] for event_id in first if event_id not in recalled]
 
-    def _insert(self, fresh: Mapping[Id, Event]) -> dict[Id, int]:
-        """Queue events that are new; return their seqs. Raises `KnownError`."""
+    def _append_fresh(self, fresh: Sequence[_Keyed]) -> list[Event]:
+        """Queue those of *fresh* that are not in the index either; return them."""
+        stored: list[Event] = []
+        for start in range(0, len(fresh), MOST_ROWS):
+            some = fresh[start : start + MOST_ROWS]
+            try:
+                self._insert(some)
+            except KnownError:
+                self.begin()
+                known = self.ids.find([_id(event) for _, event in some])
+                some = [(key, event) for key, event in some if _id(event) not in known]
+                self._insert(some)
+            stored += [event for _, event in some]
+        return stored
+
+    def _insert(self, fresh: Sequence[_Keyed]) -> None:
+        """Queue at most `MOST_ROWS` events that are new. Raises `KnownError`, and then did not."""
+        if not fresh:
+            return
         first = self.last_seq + 1
         # Burnt even if the transaction fails: a seq is never given twice.
         self.last_seq += len(fresh)
-        rows = [
-            (
-                seq,
-                event.message_id,
-                hash_of(event_id),
-                event.digest,
-                event.kind,
-                event.lane,
-                event.received_ms,
-                event.body,
-                event.upstream,
-                event.app,
-            )
-            for seq, (event_id, event) in enumerate(fresh.items(), first)
-        ]
-        for start in range(0, len(rows), MOST_ROWS):
-            self._procedures.append(rows[start : start + MOST_ROWS])
-        seqs = dict(zip(fresh, range(first, first + len(fresh)), strict=True))
-        self.ids.add(seqs)
-        named = [event for event in fresh.values() if event.upstream or event.app]
+        self._procedures.append(
+            [
+                (
+                    seq,
+                    event.message_id,
+                    hash_of(key),
+                    event.digest,
+                    event.kind,
+                    event.lane,
+                    event.received_ms,
+                    event.body,
+                    event.upstream,
+                    event.app,
+                )
+                for seq, (key, event) in enumerate(fresh, first)
+            ]
+        )
+        self.ids.add([key for key, _ in fresh], first)
+        named = [event for _, event in fresh if event.upstream or event.app]
         self.backlogs.grow(event.upstream for event in named)
         for share in shared((event.app, event.body) for event in named):
             self.apps.take_in(share, "pending", now_ms=named[0].received_ms)
-        return seqs
 
-    def _tell_apart(
-        self, ids: Sequence[Id], events: Sequence[Event], stored: Mapping[Id, int]
-    ) -> list[Appended]:
+    def _tell_apart(self, events: Sequence[Event], stored: Iterable[Event]) -> list[Appended]:
         """Return what became of *events*, of which some were known; the first of an id was *stored*."""
-        left = dict(stored)
-        new = [left.pop(event_id, None) is not None for event_id in ids]
-        seqs = self.ids.find(
-            {event_id for event_id, is_new in zip(ids, new, strict=True) if not is_new}
-        )
-        results = [
-            Appended.STORED if is_new else self._compare(event, seqs[event_id])
-            for event_id, event, is_new in zip(ids, events, new, strict=True)
-        ]
+        left = {_id(event) for event in stored}
+        known = self.ids.find({_id(event) for event in events})
+        results: list[Appended] = []
+        for event in events:
+            event_id = _id(event)
+            if event_id in left:
+                left.remove(event_id)
+                results.append(Appended.STORED)
+            else:
+                results.append(self._compare(event, known[event_id]))
         self.change(
             _COUNT_DUPLICATES,
-            duplicates=len(events) - len(stored),
+            duplicates=len(events) - results.count(Appended.STORED),
             conflicts=results.count(Appended.CONFLICTING),
         )
         return results
