@@ -265,11 +265,11 @@ class Store:
                     seq,
                     event.message_id,
                     hash_of(key),
-                    event.digest,
+                    bytearray(event.digest),
                     event.kind,
                     event.lane,
                     event.received_ms,
-                    event.body,
+                    bytearray(event.body),
                     event.upstream,
                     event.app,
                 )
