@@ -112,3 +112,21 @@ def test_two_batches_may_wait_for_their_commit_where_that_is_more_than_usual() -
 def test_deliveries_stand_back_only_while_apps_wait() -> None:
     assert crowded(in_flight=gate.BESIDE_INTAKE - 1, unsettled=1, pressed=True)
     assert not crowded(in_flight=gate.BESIDE_INTAKE, unsettled=1)
+
+
+def to_record(*, in_flight: int = 8, gathered: int = 1, pressed: bool = False) -> bool:
+    return gate.is_to_record(in_flight=in_flight, gathered=gathered, pressed=pressed)
+
+
+def test_deliveries_are_recorded_together_while_more_are_under_way() -> None:
+    assert not to_record(gathered=gate.GATHERED - 1)
+    assert to_record(gathered=gate.GATHERED)
+
+
+def test_a_delivery_waits_for_no_others_where_none_come_or_there_is_a_commit_in_any_case() -> None:
+    assert to_record(in_flight=1)
+    assert to_record(pressed=True)
+
+
+def test_sending_goes_on_while_what_was_gathered_is_recorded() -> None:
+    assert not crowded(unsettled=gate.GATHERED)

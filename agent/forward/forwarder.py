@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import assert_never
 
 import msgspec
@@ -43,6 +42,7 @@ from agent.forward.disposition import (
 )
 from agent.forward.lanes import ITEM_BYTES
 from agent.forward.plan import Plan
+from agent.forward.recording import Recorded, Recording
 from agent.forward.supply import Supply
 from agent.forward.tally import Tally
 from agent.forward.trials import Trials
@@ -101,7 +101,7 @@ class Forwarder:
         self._wake = asyncio.Event()
         self._stopping = False
         self._in_flight = 0
-        self._unsettled = 0
+        self._recording = Recording(writer, self._recorded)
         self._trials = Trials()
         self._sent: dict[int, Claim] = {}
         """Claims under way, or whose delivery is not recorded yet."""
@@ -208,18 +208,24 @@ class Forwarder:
 
     async def run(self) -> None:
         """Forward until stopped. Its owner is `forwarding`."""
-        async with asyncio.TaskGroup() as attempts:
-            follower = attempts.create_task(self._follow_appends())
-            while not self._stopping:
-                self._wake.clear()
-                if self._upstream is not None:
-                    await self._fill()
-                now_s = self._clock.monotonic_s()
-                while (taken := self._take(now_s)) is not None:
-                    self._in_flight += 1
-                    attempts.create_task(self._run_attempts(taken))
-                await self._wait(now_s)
-            follower.cancel()
+        try:
+            async with asyncio.TaskGroup() as attempts:
+                follower = attempts.create_task(self._follow_appends())
+                await self._dispatch(attempts)
+                follower.cancel()
+        finally:
+            self._recording.flush()
+
+    async def _dispatch(self, attempts: asyncio.TaskGroup) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            if self._upstream is not None:
+                await self._fill()
+            now_s = self._clock.monotonic_s()
+            while (taken := self._take(now_s)) is not None:
+                self._in_flight += 1
+                attempts.create_task(self._run_attempts(taken))
+            await self._wait(now_s)
 
     def stop(self) -> None:
         """Start nothing more; `run` ends when what is in flight is settled."""
@@ -244,7 +250,7 @@ class Forwarder:
                 await self._recollect()
                 self._recollected = True
             if self._supply.stale:
-                if self._in_flight or self._unsettled:
+                if self._in_flight or self._recording.events:
                     return  # they belong to what was read before
                 self._supply.renew(ordered=self._plan.ordered)
                 self._trials.clear()
@@ -272,7 +278,7 @@ class Forwarder:
             return None
         if gate.is_crowded(
             in_flight=self._in_flight,
-            unsettled=self._unsettled,
+            unsettled=self._recording.events,
             batch=self._plan.batch,
             pressed=self._writer.pressed,
         ):
@@ -414,7 +420,7 @@ class Forwarder:
             self._tally.clear(head.seq for head in claim.heads)
         self._tell_breaker(claim, ticket, outcome, now_s, proven=record.proven)
         if isinstance(decided, tuple):
-            self._settle(claim, decided)
+            self._record(claim, decided)
         blamed = is_blamed(outcome, record, probe=ticket.probe)
         match decided:
             case Split(at):
@@ -433,23 +439,29 @@ class Forwarder:
             case _:
                 self._put_off(claim, outcome, now_s, blamed=blamed)
 
-    def _settle(self, claim: Claim, changes: tuple[Settlement, ...]) -> None:
-        self._unsettled += len(changes)
-        done = self._writer.settle(*changes)
-        done.add_done_callback(partial(self._settled, claim, changes))
+    def _record(self, claim: Claim, changes: tuple[Settlement, ...]) -> None:
+        self._recording.add(claim, changes)
+        if gate.is_to_record(
+            in_flight=self._in_flight,
+            gathered=self._recording.gathered,
+            pressed=self._writer.pressed,
+        ):
+            self._recording.flush()
 
-    def _settled(
-        self, claim: Claim, changes: tuple[Settlement, ...], done: asyncio.Future[None]
-    ) -> None:
-        self._unsettled -= len(changes)
+    def _recorded(self, settled: list[Recorded]) -> None:
+        """Go on by what is recorded; nothing is, where the writer gave up."""
         self._wake.set()
-        if done.cancelled():
-            return
-        final = [change.seq for change in changes if not isinstance(change, Retry)]
-        if final:
-            del self._sent[claim.key]
+        final = []
+        for claim, changes in settled:
+            seqs = [change.seq for change in changes if not isinstance(change, Retry)]
+            if seqs:
+                del self._sent[claim.key]
+                final += seqs
+            self._tell_of_buried(claim, changes)
         self._tally.settled(final)
         self._supply.settled(final)
+
+    def _tell_of_buried(self, claim: Claim, changes: tuple[Settlement, ...]) -> None:
         for head, change in zip(claim.heads, changes, strict=True):
             if isinstance(change, Bury):
                 # Without the answer, which may quote what the app sent: `show` has it.

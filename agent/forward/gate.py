@@ -22,6 +22,10 @@ UNSETTLED = 128
 """Events whose settlement may wait for its commit, or two batches of them: with what is under way
 this is what a kill makes the agent send again."""
 
+GATHERED = UNSETTLED // 2
+"""Events whose settlements are recorded together, if they come that fast: the other half may go on
+meanwhile."""
+
 BESIDE_INTAKE = 12
 """Attempts and settlements that may be under way while apps wait to be stored: on a small machine
 the two share one processor, and an app that waits is worse than an event that waits."""
@@ -83,3 +87,12 @@ def is_crowded(*, in_flight: int, unsettled: int, batch: int, pressed: bool) -> 
     if unsettled >= max(UNSETTLED, 2 * batch):
         return True
     return pressed and in_flight + unsettled >= BESIDE_INTAKE
+
+
+def is_to_record(*, in_flight: int, gathered: int, pressed: bool) -> bool:
+    """Return whether *gathered* settlements are to be recorded now: no others will come, or enough did.
+
+    *in_flight* counts the request that brought the last of them, too. While apps wait to be stored
+    there is a commit in any case.
+    """
+    return in_flight <= 1 or gathered >= GATHERED or pressed
