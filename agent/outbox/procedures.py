@@ -15,14 +15,19 @@ they belong to the write connection, and are not in the file.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import chain, repeat
+from typing import Final
 
 import msgspec
 
 MOST_ROWS = 256
 """Of one append: to prepare the statement for so many takes some 700 KiB, which stay with the process."""
+
+MOST_BYTES = 1024 * 1024
+"""Of the bodies of one append, if they are several: SQLite copies them twice to run it, and a prepared
+statement keeps one of the copies until it is run again."""
 
 _INSTALL = (
     # What a statement sets aside while it runs must not need the disk, which may be full.
@@ -86,6 +91,24 @@ Row = tuple[int, str, int, bytes, str, int, int, bytes, str, str]
 """A row of `incoming`: seq, message_id, id_hash, digest, kind, lane, received_ms, body, upstream, app."""
 
 _COLUMNS = 10
+_BODY: Final = 7
+
+
+def fit_one_append(bodies: Sequence[bytes]) -> bool:
+    """Return whether one append may store events with these *bodies*."""
+    return len(bodies) <= 1 or (len(bodies) <= MOST_ROWS and sum(map(len, bodies)) <= MOST_BYTES)
+
+
+def appends(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Part *rows* into those of one append each."""
+    start = part_bytes = 0
+    for end, row in enumerate(rows):
+        part_bytes += len(row[_BODY])
+        if end - start == MOST_ROWS or (part_bytes > MOST_BYTES and end > start):
+            yield rows[start:end]
+            start, part_bytes = end, len(row[_BODY])
+    if rows:
+        yield rows[start:]
 
 
 class KnownError(Exception):
@@ -101,7 +124,7 @@ class Procedures:
             db.execute(statement)
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Store at most `MOST_ROWS` new events. Raises `KnownError`, and then has stored none."""
+        """Store new events that fit one append. Raises `KnownError`, and then has stored none."""
         size = 1 << (len(rows) - 1).bit_length()
         filling = repeat(None, _COLUMNS * (size - len(rows)))
         try:

@@ -18,7 +18,7 @@ from agent.event import Event
 from agent.outbox.apps import Apps, shared
 from agent.outbox.backlogs import Backlogs
 from agent.outbox.ids import Id, KnownIds, hash_of, id_of
-from agent.outbox.procedures import MOST_ROWS, KnownError, Procedures
+from agent.outbox.procedures import KnownError, Procedures, appends, fit_one_append
 from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State
 
 _LAST_SEQ = """
@@ -217,7 +217,8 @@ class Store:
                 fresh.setdefault(event_id, event)
         one_statement = (
             not self._db.in_transaction
-            and len(fresh) == len(events) <= MOST_ROWS
+            and len(fresh) == len(events)
+            and fit_one_append([event.body for event in events])
             and not self.ids.due
             and not any(event.app for event in events)
         )
@@ -232,7 +233,7 @@ class Store:
 
     def _append_fresh(self, fresh: Mapping[Id, Event]) -> dict[Id, int]:
         """Queue those of *fresh* that are not in the index either; return their seqs."""
-        if len(fresh) <= MOST_ROWS:
+        if fit_one_append([event.body for event in fresh.values()]):
             with suppress(KnownError):
                 return self._insert(fresh)
             self.begin()
@@ -262,8 +263,8 @@ class Store:
             )
             for seq, (event_id, event) in enumerate(fresh.items(), first)
         ]
-        for start in range(0, len(rows), MOST_ROWS):
-            self._procedures.append(rows[start : start + MOST_ROWS])
+        for part in appends(rows):
+            self._procedures.append(part)
         seqs = dict(zip(fresh, range(first, first + len(fresh)), strict=True))
         self.ids.add(seqs)
         named = [event for event in fresh.values() if event.upstream or event.app]
