@@ -6,6 +6,7 @@ import contextlib
 import sqlite3
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from agent.clock import SystemClock
@@ -13,6 +14,7 @@ from agent.event import Event
 from agent.outbox import ids, letters, schema
 from agent.outbox.access import open_own_reader
 from agent.outbox.ids import id_hash
+from agent.outbox.procedures import MOST_BYTES, MOST_ROWS, Keyed, appends
 from agent.outbox.records import Ack, Appended, Bury, Policy, Selection
 from agent.outbox.store import Store
 from agent.outbox.writer import open_writer
@@ -140,11 +142,12 @@ async def test_a_rolled_back_event_is_not_known(outbox: Path) -> None:
         assert await writer.append([_event("big")]) == [Appended.STORED]
 
 
-@pytest.mark.parametrize("most_rows", [4, 256])
+@pytest.mark.parametrize("bound", ["", "MOST_ROWS", "MOST_BYTES"])
 async def test_what_is_known_is_found_among_many_that_are_new(
-    outbox: Path, monkeypatch: pytest.MonkeyPatch, most_rows: int
+    outbox: Path, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
-    monkeypatch.setattr("agent.outbox.store.MOST_ROWS", most_rows)
+    if bound:  # so that it takes several statements
+        monkeypatch.setattr(f"agent.outbox.procedures.{bound}", 4)
     async with open_writer(outbox, POLICY, SystemClock()) as writer:
         await writer.append([_event(f"id{number}") for number in range(0, 30, 3)])
         for number in range(100, 110):  # so that those go into the index
@@ -160,6 +163,17 @@ async def test_what_is_known_is_found_among_many_that_are_new(
         assert db.execute("SELECT COUNT(*), COUNT(DISTINCT message_id) FROM event").fetchall() == [
             (40, 40)
         ]
+
+
+def test_an_append_has_few_large_events_or_one_of_any_size() -> None:
+    def sized(body_bytes: int) -> Keyed:
+        return 1, msgspec.structs.replace(_event("id"), body=bytes(body_bytes))
+
+    small, large, huge = sized(100), sized(MOST_BYTES // 2), sized(2 * MOST_BYTES)
+
+    parts = appends([large, large, small, huge, huge, *[small] * (MOST_ROWS + 1)])
+
+    assert [len(part) for part in parts] == [2, 1, 1, 1, MOST_ROWS, 1]
 
 
 async def test_large_transactions_leave_no_more_in_memory_than_small_ones(outbox: Path) -> None:

@@ -21,6 +21,7 @@ from agent.errors import OutboxDamagedError, OutboxError
 from agent.outbox import files, schema
 from agent.outbox.ids import id_hash
 from agent.outbox.records import App
+from agent.outbox.rewinding import Rewinding
 from agent.outbox.store import Store
 
 T = TypeVar("T")
@@ -57,9 +58,10 @@ _DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 class Database:
     """The open write connection. Made by `connect`."""
 
-    def __init__(self, connection: _Connection, store: Store) -> None:
+    def __init__(self, connection: _Connection, store: Store, rewinding: Rewinding) -> None:
         self._connection = connection
         self._store = store
+        self._rewinding = rewinding
 
     @property
     def last_seq(self) -> int:
@@ -121,6 +123,7 @@ class Database:
 
     def _transact(self, db: sqlite3.Connection, verb: Callable[[Store], T]) -> T:
         try:
+            self._rewinding.rewind_if_long(db)
             result = verb(self._store)
             db.commit()
         except BaseException:
@@ -187,7 +190,8 @@ async def connect(path: Path, *, first: bool = True) -> Database:
     except (OSError, sqlite3.Error) as exc:
         raise _cannot_open(path, exc) from exc
     try:
-        return Database(connection, await connection.submit(lambda db: _prepare(db, path)))
+        store = await connection.submit(lambda db: _prepare(db, path))
+        return Database(connection, store, Rewinding(files.log_of(path)))
     except (sqlite3.Error, UnicodeDecodeError) as exc:
         await _give_up(connection)
         # Ours, but a table or column is not what the version says: damage, too.

@@ -21,8 +21,15 @@ from itertools import chain, repeat
 
 import msgspec
 
+from agent.event import Event
+from agent.outbox.ids import Key, hash_of
+
 MOST_ROWS = 256
 """Of one append: to prepare the statement for so many takes some 700 KiB, which stay with the process."""
+
+MOST_BYTES = 1024 * 1024
+"""Of the bodies of one append, if they are several: SQLite copies them twice to run it, and a prepared
+statement keeps one of the copies until it is run again."""
 
 _INSTALL = (
     # What a statement sets aside while it runs must not need the disk, which may be full.
@@ -84,14 +91,22 @@ INSERT INTO acked (seqs, now_ms)
 VALUES (:seqs, :now_ms)
 """
 
-Row = tuple[int, str, int, bytearray, str, int, int, bytearray, str, str]
-"""A row of `incoming`: seq, message_id, id_hash, digest, kind, lane, received_ms, body, upstream, app.
-
-sqlite3 looks for an adapter of every value that is bytes or None, which takes longer than to copy
-an event into a bytearray.
-"""
+Keyed = tuple[Key, Event]
+"""An event, with what memory knows its id by."""
 
 _COLUMNS = 10
+
+
+def appends(events: Sequence[Keyed]) -> list[Sequence[Keyed]]:
+    """Part *events* into those of one append each."""
+    parts: list[Sequence[Keyed]] = []
+    start = part_bytes = 0
+    for end, (_, event) in enumerate(events):
+        part_bytes += len(event.body)
+        if end - start == MOST_ROWS or (part_bytes > MOST_BYTES and end > start):
+            parts.append(events[start:end])
+            start, part_bytes = end, len(event.body)
+    return [*parts, events[start:]] if events else []
 
 
 class KnownError(Exception):
@@ -106,8 +121,23 @@ class Procedures:
         for statement in _INSTALL:
             db.execute(statement)
 
-    def append(self, rows: Sequence[Row]) -> None:
-        """Store at most `MOST_ROWS` new events. Raises `KnownError`, and then has stored none."""
+    def append(self, events: Sequence[Keyed], *, first_seq: int) -> None:
+        """Store new events that fit one append. Raises `KnownError`, and then has stored none."""
+        rows = [
+            (
+                seq,
+                event.message_id,
+                hash_of(key),
+                _bound(event.digest),
+                event.kind,
+                event.lane,
+                event.received_ms,
+                _bound(event.body),
+                event.upstream,
+                event.app,
+            )
+            for seq, (key, event) in enumerate(events, first_seq)
+        ]
         size = 1 << (len(rows) - 1).bit_length()
         filling = repeat(0, _COLUMNS * (size - len(rows)))
         values = [*filling, *chain.from_iterable(rows), len(rows)]
@@ -124,6 +154,11 @@ class Procedures:
         self._db.execute(_ACK, {"seqs": msgspec.json.encode(seqs).decode(), "now_ms": now_ms})
         # Two rows for each, and once that of the ledger.
         return (self._db.total_changes - before) // 2
+
+
+_bound = bytearray
+"""What sqlite3 binds as it is. For bytes, and for None, it looks for an adapter, which takes longer
+than to copy an event."""
 
 
 @cache

@@ -1,8 +1,8 @@
 """Short read-only queries: for the forwarder, for `status`, and for a person looking in.
 
-Each is one autocommit statement, fetched whole: a reader left open would keep the write-ahead
-log from being checkpointed, and it would grow without bound. The connection comes from
-`agent.outbox.access`.
+Each is one autocommit statement, fetched whole, and a search is several: a reader left open, or
+open for long, would keep the write-ahead log from beginning anew, and it would grow without bound.
+The connection comes from `agent.outbox.access`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from agent.outbox.search import receipt_from, receipt_of
 
 INLINE_BYTES = 4096
 """Bodies up to this size come with the head; larger ones are read when they are sent."""
+
+_LAST = 2**63 - 1
+"""No seq is higher."""
 
 LOOKED = 20_000
 """Events of other upstreams that one query passes over at most: some 20 ms."""
@@ -343,9 +346,27 @@ class Reader:
         Bodies over `search.LISTED_BYTES` are left out. Those of delivered events are gone: a
         selection by user, event or text finds none there.
         """
-        query = search.selecting(state, selection, after=after, limit=limit)
-        if query is None:
+        if not search.may_find(state, selection):
             return []
+        if selection.message_ids:  # found by the index, not by a walk
+            return await self._part(state, selection, after, _LAST, limit)
+        found: list[Receipt] = []
+        looked = search.PART_EVENTS
+        while looked == search.PART_EVENTS:
+            query = search.measuring(state, after=after)
+            measured = await self._fetch(query.sql, **query.values)
+            looked = len(measured)
+            for upto in search.parts(measured):
+                found += await self._part(state, selection, after, upto, limit - len(found))
+                if len(found) == limit:
+                    return found
+                after = upto
+        return found
+
+    async def _part(
+        self, state: State, selection: Selection, after: int, upto: int, limit: int
+    ) -> list[Receipt]:
+        query = search.selecting(state, selection, after=after, upto=upto, limit=limit)
         return [receipt_from(row) for row in await self._fetch(query.sql, **query.values)]
 
     async def apps(self) -> list[App]:

@@ -16,8 +16,8 @@ import msgspec
 from agent.event import Event
 from agent.outbox.apps import Apps, shared
 from agent.outbox.backlogs import Backlogs
-from agent.outbox.ids import Id, Key, KnownIds, hash_of, id_of, key_of
-from agent.outbox.procedures import MOST_ROWS, KnownError, Procedures
+from agent.outbox.ids import Id, KnownIds, id_of, key_of
+from agent.outbox.procedures import Keyed, KnownError, Procedures, appends
 from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State
 
 _LAST_SEQ = """
@@ -153,9 +153,6 @@ SELECT (SELECT page_count FROM pragma_page_count),
        (SELECT page_size FROM pragma_page_size)
 """
 
-_Keyed = tuple[Key, Event]
-"""A new event, with what memory knows its id by."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
@@ -214,68 +211,49 @@ class Store:
         fresh = [(key_of(event.upstream, event.message_id), event) for event in events]
         if not self.ids.may_be_new([key for key, _ in fresh]):
             fresh = self._not_recalled(fresh)
+        parts = appends(fresh)
         one_statement = (
             not self._db.in_transaction
-            and len(fresh) == len(events) <= MOST_ROWS
+            and len(parts) == 1
+            and len(fresh) == len(events)
             and not self.ids.due
             and not any(event.app for event in events)
         )
         if not one_statement:
             self.begin()
-        stored = self._append_fresh(fresh)
+        stored = [event for part in parts for event in self._append_fresh(part)]
         results = [Appended.STORED] * len(events)
         if len(stored) < len(events):
             results = self._tell_apart(events, stored)
         self.ids.merge()
         return results
 
-    def _not_recalled(self, keyed: Sequence[_Keyed]) -> list[_Keyed]:
+    def _not_recalled(self, keyed: Sequence[Keyed]) -> list[Keyed]:
         """Return the first of each id that memory does not know."""
-        first = dict[Id, _Keyed]()
+        first = dict[Id, Keyed]()
         for key, event in keyed:
             first.setdefault(_id(event), (key, event))
         recalled = self.ids.recall(first)
         return [first[event_id] for event_id in first if event_id not in recalled]
 
-    def _append_fresh(self, fresh: Sequence[_Keyed]) -> list[Event]:
+    def _append_fresh(self, fresh: Sequence[Keyed]) -> list[Event]:
         """Queue those of *fresh* that are not in the index either; return them."""
-        stored: list[Event] = []
-        for start in range(0, len(fresh), MOST_ROWS):
-            some = fresh[start : start + MOST_ROWS]
-            try:
-                self._insert(some)
-            except KnownError:
-                self.begin()
-                known = self.ids.find([_id(event) for _, event in some])
-                some = [(key, event) for key, event in some if _id(event) not in known]
-                self._insert(some)
-            stored += [event for _, event in some]
-        return stored
+        try:
+            self._insert(fresh)
+        except KnownError:
+            self.begin()
+            known = self.ids.find([_id(event) for _, event in fresh])
+            fresh = [(key, event) for key, event in fresh if _id(event) not in known]
+            if fresh:
+                self._insert(fresh)
+        return [event for _, event in fresh]
 
-    def _insert(self, fresh: Sequence[_Keyed]) -> None:
-        """Queue at most `MOST_ROWS` events that are new. Raises `KnownError`, and then did not."""
-        if not fresh:
-            return
+    def _insert(self, fresh: Sequence[Keyed]) -> None:
+        """Queue events that are new, and fit one append. Raises `KnownError`, and then did not."""
         first = self.last_seq + 1
         # Burnt even if the transaction fails: a seq is never given twice.
         self.last_seq += len(fresh)
-        self._procedures.append(
-            [
-                (
-                    seq,
-                    event.message_id,
-                    hash_of(key),
-                    bytearray(event.digest),
-                    event.kind,
-                    event.lane,
-                    event.received_ms,
-                    bytearray(event.body),
-                    event.upstream,
-                    event.app,
-                )
-                for seq, (key, event) in enumerate(fresh, first)
-            ]
-        )
+        self._procedures.append(fresh, first_seq=first)
         self.ids.add([key for key, _ in fresh], first)
         named = [event for _, event in fresh if event.upstream or event.app]
         self.backlogs.grow(event.upstream for event in named)
