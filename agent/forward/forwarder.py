@@ -341,9 +341,9 @@ class Forwarder:
                 await self._attempt(*taken)
                 # Not counted while it asks for the next one: the ceiling is for the others.
                 self._in_flight -= 1
-                taken = None if self._supply.hungry else self._take(self._clock.monotonic_s())
+                taken = self._take(self._clock.monotonic_s())
                 self._in_flight += 1
-                if self._in_flight < self._plan.concurrency:
+                if self._supply.hungry or self._in_flight < self._plan.concurrency:
                     self._wake.set()  # for others beside it
         finally:
             self._in_flight -= 1
