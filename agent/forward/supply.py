@@ -48,7 +48,7 @@ class Supply:
 
     @property
     def hungry(self) -> bool:
-        """Whether there is more to read before more is sent."""
+        """Whether there is more to read, and room for it."""
         return self.lanes.starved() is not None or self._may_scan
 
     def arrived(self) -> None:
