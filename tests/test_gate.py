@@ -114,8 +114,10 @@ def test_deliveries_stand_back_only_while_apps_wait() -> None:
     assert not crowded(in_flight=gate.BESIDE_INTAKE, unsettled=1)
 
 
-def to_record(*, in_flight: int = 8, gathered: int = 1, pressed: bool = False) -> bool:
-    return gate.is_to_record(in_flight=in_flight, gathered=gathered, pressed=pressed)
+def to_record(
+    *, in_flight: int = 8, gathered: int = 1, failed: bool = False, pressed: bool = False
+) -> bool:
+    return gate.is_to_record(in_flight=in_flight, gathered=gathered, failed=failed, pressed=pressed)
 
 
 def test_deliveries_are_recorded_together_while_more_are_under_way() -> None:
@@ -126,6 +128,10 @@ def test_deliveries_are_recorded_together_while_more_are_under_way() -> None:
 def test_a_delivery_waits_for_no_others_where_none_come_or_there_is_a_commit_in_any_case() -> None:
     assert to_record(in_flight=1)
     assert to_record(pressed=True)
+
+
+def test_an_attempt_that_failed_is_recorded_before_the_next_one() -> None:
+    assert to_record(failed=True)
 
 
 def test_sending_goes_on_while_what_was_gathered_is_recorded() -> None:

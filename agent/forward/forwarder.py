@@ -444,6 +444,7 @@ class Forwarder:
         if gate.is_to_record(
             in_flight=self._in_flight,
             gathered=self._recording.gathered,
+            failed=not all(isinstance(change, Ack) for change in changes),
             pressed=self._writer.pressed,
         ):
             self._recording.flush()

@@ -89,10 +89,11 @@ def is_crowded(*, in_flight: int, unsettled: int, batch: int, pressed: bool) -> 
     return pressed and in_flight + unsettled >= BESIDE_INTAKE
 
 
-def is_to_record(*, in_flight: int, gathered: int, pressed: bool) -> bool:
+def is_to_record(*, in_flight: int, gathered: int, failed: bool, pressed: bool) -> bool:
     """Return whether *gathered* settlements are to be recorded now: no others will come, or enough did.
 
-    *in_flight* counts the request that brought the last of them, too. While apps wait to be stored
-    there is a commit in any case.
+    *in_flight* counts the request that brought the last of them, too. An attempt that *failed* is
+    recorded before the next one of the same event. While apps wait to be stored there is a commit in
+    any case.
     """
-    return in_flight <= 1 or gathered >= GATHERED or pressed
+    return failed or in_flight <= 1 or gathered >= GATHERED or pressed

@@ -47,6 +47,7 @@ def test_all_that_is_promised_holds_whatever_goes_wrong(
         56241,  # many bad events of one user, and a budget that all tries are paid from
         60522,  # a batch that could not be read goes for its urgent event once the window is closed
         61515,  # many events of one user that break the upstream, and the same budget
+        703325,  # an attempt that failed, and the next one begins before that is recorded
     ],
 )
 def test_what_a_seed_once_found_is_mended(seed: int) -> None:
