@@ -123,6 +123,19 @@ async def test_ids_of_the_same_hash_are_told_apart_in_one_call_and_after_a_resta
             assert await writer.append([event]) == [Appended.REPLAYED]
 
 
+async def test_an_id_is_known_after_a_restart_though_those_of_its_hash_came_and_went(
+    outbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ids, "id_hash", lambda _: 7)
+    async with open_writer(outbox, FORGETFUL, SystemClock()) as writer:
+        await writer.append([_event("first"), _event("second")])
+        await writer.settle(Ack(1))
+        await writer.append([_event("third")])
+    async with open_writer(outbox, FORGETFUL, SystemClock()) as writer:
+        assert await writer.append([_event("second")]) == [Appended.REPLAYED]
+        assert await writer.append([_event("third")]) == [Appended.REPLAYED]
+
+
 async def test_a_rolled_back_event_is_not_known(outbox: Path) -> None:
     async with open_writer(outbox, POLICY, SystemClock()) as writer:
         await writer.perform(lambda store: store.fetch("PRAGMA max_page_count = 40"))

@@ -46,6 +46,13 @@ SELECT event.upstream, event.message_id, event.seq
  WHERE known.id_hash IN (SELECT value FROM json_each(:id_hashes))
 """
 
+_IS_INDEXED = """
+SELECT 1
+  FROM known
+ WHERE id_hash = :id_hash
+   AND seq = :seq
+"""
+
 _IS = """
 SELECT 1
   FROM event
@@ -110,8 +117,10 @@ class KnownIds:
         self._merged = 0
         """What the open transaction added, forgot and merged."""
         for upstream, message_id, seq in db.execute(_UNINDEXED):
-            # Another one of the same hash is in the index already.
-            self._recent.setdefault(key_of(upstream, message_id), seq)
+            key = key_of(upstream, message_id)
+            # Of those with the same hash all but one are in the index: any of them, not the later ones.
+            if key not in self._recent or not self._is_indexed(key, seq):
+                self._recent[key] = seq
 
     @property
     def due(self) -> bool:
@@ -153,6 +162,10 @@ class KnownIds:
 
     def _held(self, key: Key) -> int | None:
         return next((memory[key] for memory in self._memories if key in memory), None)
+
+    def _is_indexed(self, key: Key, seq: int) -> bool:
+        values = {"id_hash": hash_of(key), "seq": seq}
+        return self._db.execute(_IS_INDEXED, values).fetchone() is not None
 
     def _is(self, event_id: Id, seq: int) -> bool:
         upstream, message_id = ("", event_id) if isinstance(event_id, str) else event_id
