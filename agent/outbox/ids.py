@@ -106,12 +106,10 @@ class KnownIds:
         self._db = db
         self._recent: dict[Key, int] = {}
         self._merging: dict[Key, int] = {}
-        self._unmerged: list[tuple[int, int]] = []
-        """What of `_merging` is not in the index yet: (hash, seq), the smallest hash last."""
+        self._unmerged: list[Key] = []
+        """What of `_merging` is not in the index yet, the smallest hash last; some may be forgotten."""
         self._merging_upto = 0
         """The events up to this seq are all in the index or in `_merging`."""
-        self._forgotten: set[int] = set()
-        """Seqs that were forgotten since they stood in `_unmerged`."""
         self._added: dict[Key, int] = {}
         self._gone: list[tuple[Key, int]] = []
         self._merged = 0
@@ -207,17 +205,15 @@ class KnownIds:
         if not self._unmerged:
             self._merging, self._recent = self._recent, {}
             self._merging_upto = max(self._merging.values())
-            self._unmerged = sorted(
-                ((hash_of(key), seq) for key, seq in self._merging.items()), reverse=True
-            )
+            self._unmerged = sorted(self._merging, key=hash_of, reverse=True)
         # Faster than events come in, however many a transaction brings, or memory would grow.
         self._merged = min(max(SLICE, 2 * len(self._added)), len(self._unmerged))
-        forgotten = self._forgotten | {seq for _, seq in self._gone}
+        gone = {seq for _, seq in self._gone}
         self._index(
             [
-                (id_hash, seq)
-                for id_hash, seq in reversed(self._unmerged[-self._merged :])
-                if seq not in forgotten
+                (hash_of(key), seq)
+                for key in reversed(self._unmerged[-self._merged :])
+                if (seq := self._merging.get(key)) is not None and seq not in gone
             ]
         )
         if self._merged == len(self._unmerged):
@@ -235,10 +231,9 @@ class KnownIds:
                     del memory[key]
         self._recent.update(self._added)
         if self._unmerged:
-            self._forgotten.update(seq for _, seq in self._gone)
             del self._unmerged[len(self._unmerged) - self._merged :]
             if not self._unmerged:
-                self._merging, self._forgotten = {}, set()
+                self._merging = {}
         self.rolled_back()
 
     def rolled_back(self) -> None:
