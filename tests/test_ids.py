@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from collections.abc import Sized
 from pathlib import Path
 
 import msgspec
@@ -123,6 +124,19 @@ async def test_ids_of_the_same_hash_are_told_apart_in_one_call_and_after_a_resta
             assert await writer.append([event]) == [Appended.REPLAYED]
 
 
+async def test_an_id_is_known_after_a_restart_though_those_of_its_hash_came_and_went(
+    outbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ids, "id_hash", lambda _: 7)
+    async with open_writer(outbox, FORGETFUL, SystemClock()) as writer:
+        await writer.append([_event("first"), _event("second")])
+        await writer.settle(Ack(1))
+        await writer.append([_event("third")])
+    async with open_writer(outbox, FORGETFUL, SystemClock()) as writer:
+        assert await writer.append([_event("second")]) == [Appended.REPLAYED]
+        assert await writer.append([_event("third")]) == [Appended.REPLAYED]
+
+
 async def test_a_rolled_back_event_is_not_known(outbox: Path) -> None:
     async with open_writer(outbox, POLICY, SystemClock()) as writer:
         await writer.perform(lambda store: store.fetch("PRAGMA max_page_count = 40"))
@@ -182,6 +196,38 @@ async def test_large_transactions_leave_no_more_in_memory_than_small_ones(outbox
             await writer.append([_event(f"id{group}.{n}") for n in range(20)])
 
         assert len(_indexed(outbox)) >= 20 * 20 - 3 * 20
+
+
+def test_nothing_is_kept_of_what_is_forgotten_while_others_are_on_their_way_to_the_index(
+    outbox: Path,
+) -> None:
+    with contextlib.closing(sqlite3.connect(outbox, isolation_level=None)) as db:
+        db.create_function("id_hash", 1, id_hash)
+        schema.migrate(db, 0)
+        store = Store(db)
+
+        def commit() -> None:
+            db.commit()
+            store.committed()
+
+        def held() -> int:
+            return sum(len(kept) for kept in vars(store.ids).values() if isinstance(kept, Sized))
+
+        store.append([_event(f"id{number}") for number in range(500)])
+        commit()
+        while store.ids.due:
+            store.begin()
+            store.ids.merge()
+            store.ids.committed()
+        store.append([_event(f"new{number}") for number in range(20)])
+        commit()
+        store.append([_event("last")])
+        commit()
+        before = held()
+        store.settle(map(Ack, range(1, 501)), now_ms=5, remember=False)
+        commit()
+
+        assert held() == before
 
 
 def test_nothing_of_a_call_that_fails_is_stored_though_the_index_knows_a_part_of_it(

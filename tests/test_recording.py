@@ -15,7 +15,7 @@ from agent.forward.claims import Claim
 from agent.forward.disposition import Delivered, GiveUp, Outcome, Unavailable
 from agent.forward.forwarder import Forwarder, forwarding
 from agent.forward.plan import Plan
-from agent.forward.recording import Recorded, Recording
+from agent.forward.recording import GATHER_BYTES, Recorded, Recording
 from agent.forward.tally import TALLY_BYTES, Tally
 from agent.forward.upstream import Endpoint
 from agent.outbox.access import open_own_reader
@@ -65,7 +65,7 @@ def event(number: int) -> Event:
     )
 
 
-def delivered(seq: int) -> tuple[Claim, tuple[Ack, ...]]:
+def delivered(seq: int, *, body_bytes: int = 2) -> tuple[Claim, tuple[Ack, ...]]:
     head = Head(
         seq=seq,
         lane=seq,
@@ -73,7 +73,7 @@ def delivered(seq: int) -> tuple[Claim, tuple[Ack, ...]]:
         kind="track",
         attempts=0,
         failing_since_ms=None,
-        body_bytes=2,
+        body_bytes=body_bytes,
         body=b"{}",
     )
     return Claim.of([head]), (Ack(seq),)
@@ -93,6 +93,19 @@ async def test_what_was_gathered_is_recorded_in_one_commit(tmp_path: Path) -> No
         assert books.commits == [[1, 2, 3]]
         assert writer.commits == before + 1
         assert recording.events == 0
+
+
+async def test_large_events_are_recorded_a_few_at_a_time(tmp_path: Path) -> None:
+    async with writer_of(tmp_path, pending=5) as writer:
+        books = Books()
+        recording = Recording(writer, books.recorded)
+        for seq, body_bytes in enumerate([2, GATHER_BYTES - 2, 1, 3 * GATHER_BYTES, 1], 1):
+            recording.add(*delivered(seq, body_bytes=body_bytes))
+        recording.flush()
+        while recording.events:
+            await asyncio.wait_for(books.told.wait(), TIMEOUT_S)
+            books.told.clear()
+        assert books.commits == [[1, 2], [3], [4], [5]]
 
 
 async def test_what_nobody_asks_for_is_recorded_all_the_same(tmp_path: Path) -> None:

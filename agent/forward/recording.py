@@ -18,6 +18,10 @@ from agent.outbox.writer import Writer
 _GATHER_S = 0.01
 """How long a settlement waits for others: a few commits, and nothing that anybody notices."""
 
+GATHER_BYTES = 5 * 1024 * 1024
+"""Bodies of what is recorded together, as of the largest claim: to bury events writes their bodies anew,
+and on a disk without room the outbox has little to do so."""
+
 
 class Recorded(NamedTuple):
     """A claim, and what became of each of its events."""
@@ -38,11 +42,16 @@ class Recording:
         self._writer = writer
         self._recorded = recorded
         self._waiting: list[Recorded] = []
+        self._waiting_bytes = 0
         self._due: asyncio.TimerHandle | None = None
 
     def add(self, claim: Claim, changes: tuple[Settlement, ...]) -> None:
         """Record *changes* to the events of *claim*, soon."""
+        claim_bytes = sum(head.body_bytes for head in claim.heads)
+        if self._waiting_bytes + claim_bytes > GATHER_BYTES:
+            self.flush()
         self._waiting.append(Recorded(claim, changes))
+        self._waiting_bytes += claim_bytes
         self.gathered += len(changes)
         self.events += len(changes)
         if self._due is None:
@@ -55,7 +64,7 @@ class Recording:
             self._due = None
         if self._waiting:
             waiting, self._waiting = self._waiting, []
-            self.gathered = 0
+            self.gathered = self._waiting_bytes = 0
             done = self._writer.settle(*[change for each in waiting for change in each.changes])
             done.add_done_callback(partial(self._committed, waiting))
 

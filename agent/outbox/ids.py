@@ -46,6 +46,13 @@ SELECT event.upstream, event.message_id, event.seq
  WHERE known.id_hash IN (SELECT value FROM json_each(:id_hashes))
 """
 
+_IS_INDEXED = """
+SELECT 1
+  FROM known
+ WHERE id_hash = :id_hash
+   AND seq = :seq
+"""
+
 _IS = """
 SELECT 1
   FROM event
@@ -99,19 +106,19 @@ class KnownIds:
         self._db = db
         self._recent: dict[Key, int] = {}
         self._merging: dict[Key, int] = {}
-        self._unmerged: list[tuple[int, int]] = []
-        """What of `_merging` is not in the index yet: (hash, seq), the smallest hash last."""
+        self._unmerged: list[Key] = []
+        """What of `_merging` is not in the index yet, the smallest hash last; some may be forgotten."""
         self._merging_upto = 0
         """The events up to this seq are all in the index or in `_merging`."""
-        self._forgotten: set[int] = set()
-        """Seqs that were forgotten since they stood in `_unmerged`."""
         self._added: dict[Key, int] = {}
         self._gone: list[tuple[Key, int]] = []
         self._merged = 0
         """What the open transaction added, forgot and merged."""
         for upstream, message_id, seq in db.execute(_UNINDEXED):
-            # Another one of the same hash is in the index already.
-            self._recent.setdefault(key_of(upstream, message_id), seq)
+            key = key_of(upstream, message_id)
+            # Of those with the same hash all but one are in the index: any of them, not the later ones.
+            if key not in self._recent or not self._is_indexed(key, seq):
+                self._recent[key] = seq
 
     @property
     def due(self) -> bool:
@@ -154,6 +161,10 @@ class KnownIds:
     def _held(self, key: Key) -> int | None:
         return next((memory[key] for memory in self._memories if key in memory), None)
 
+    def _is_indexed(self, key: Key, seq: int) -> bool:
+        values = {"id_hash": hash_of(key), "seq": seq}
+        return self._db.execute(_IS_INDEXED, values).fetchone() is not None
+
     def _is(self, event_id: Id, seq: int) -> bool:
         upstream, message_id = ("", event_id) if isinstance(event_id, str) else event_id
         values = {"seq": seq, "message_id": message_id, "upstream": upstream}
@@ -194,17 +205,15 @@ class KnownIds:
         if not self._unmerged:
             self._merging, self._recent = self._recent, {}
             self._merging_upto = max(self._merging.values())
-            self._unmerged = sorted(
-                ((hash_of(key), seq) for key, seq in self._merging.items()), reverse=True
-            )
+            self._unmerged = sorted(self._merging, key=hash_of, reverse=True)
         # Faster than events come in, however many a transaction brings, or memory would grow.
         self._merged = min(max(SLICE, 2 * len(self._added)), len(self._unmerged))
-        forgotten = self._forgotten | {seq for _, seq in self._gone}
+        gone = {seq for _, seq in self._gone}
         self._index(
             [
-                (id_hash, seq)
-                for id_hash, seq in reversed(self._unmerged[-self._merged :])
-                if seq not in forgotten
+                (hash_of(key), seq)
+                for key in reversed(self._unmerged[-self._merged :])
+                if (seq := self._merging.get(key)) is not None and seq not in gone
             ]
         )
         if self._merged == len(self._unmerged):
@@ -222,10 +231,9 @@ class KnownIds:
                     del memory[key]
         self._recent.update(self._added)
         if self._unmerged:
-            self._forgotten.update(seq for _, seq in self._gone)
             del self._unmerged[len(self._unmerged) - self._merged :]
             if not self._unmerged:
-                self._merging, self._forgotten = {}, set()
+                self._merging = {}
         self.rolled_back()
 
     def rolled_back(self) -> None:

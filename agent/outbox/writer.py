@@ -48,8 +48,9 @@ __all__ = ["Policy", "Writer", "open_writer"]
 
 T = TypeVar("T")
 
-_SHORT_SETTLES = 4
-"""Settlements in one transaction on a disk without room: at 5 MiB an event a few MiB of log."""
+_SHORT_SETTLES = 1
+"""Calls of `settle` in one transaction on a disk without room. To bury events of 5 MiB writes as much into
+the log, and again into the database: that fits into the reserve once, and not twice."""
 
 _DISK_FULL_INTERVAL_S = 1.0
 """How long settlements that do not fit on the disk wait before the next try."""

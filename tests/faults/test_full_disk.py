@@ -18,9 +18,17 @@ from faults.small_disk import fill, free_bytes, greed, small_disk
 from faults.trials import complaint
 from processes import AgentProcess
 
+from agent.clock import SystemClock
+from agent.event import Event
+from agent.outbox.access import open_own_reader
+from agent.outbox.records import Bury, Policy
+from agent.outbox.writer import open_writer
+
 pytestmark = pytest.mark.process
 
 SEED = 20261123
+
+SPACIOUS = Policy(max_bytes=1 << 30, evicts=False, remember=True)
 
 HASTE_S = 4.0
 """For agents that will keep us waiting."""
@@ -104,6 +112,34 @@ async def be_filled_and_emptied(life: Life, hog: Path) -> None:
     await life.rejoin()
     await life.drain()
     life.assert_delivered()
+
+
+async def test_large_events_are_buried_one_after_the_other(disk: Path) -> None:
+    outbox, hog = disk / "outbox.db", disk / "hog"
+    async with open_writer(outbox, SPACIOUS, SystemClock()) as writer:
+        for number in range(4):
+            await writer.append([large_event(number)])
+    async with (
+        asyncio.timeout(PATIENCE_S),
+        open_writer(outbox, SPACIOUS, SystemClock()) as writer,
+        open_own_reader(outbox) as reader,
+    ):
+        fill(hog)
+        # All four take more than the reserve, in the log and behind the end of the database.
+        buries = [Bury(seq=seq, reason="rejected", status=413, answer="") for seq in range(1, 5)]
+        await asyncio.gather(*map(writer.settle, buries))
+        assert (await reader.ledger()).dead == 4
+
+
+def large_event(number: int) -> Event:
+    return Event(
+        message_id=f"id{number}",
+        kind="track",
+        lane=number,
+        digest=bytes(16),
+        received_ms=1,
+        body=bytes(1_000_000),
+    )
 
 
 # --- full of something else ---
