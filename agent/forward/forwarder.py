@@ -42,7 +42,7 @@ from agent.forward.disposition import (
 )
 from agent.forward.lanes import ITEM_BYTES
 from agent.forward.plan import Plan
-from agent.forward.recording import Recorded, Recording
+from agent.forward.recording import Conclusion, Recording
 from agent.forward.supply import Supply
 from agent.forward.tally import Tally
 from agent.forward.trials import Trials
@@ -213,8 +213,8 @@ class Forwarder:
                 follower = attempts.create_task(self._follow_appends())
                 await self._dispatch(attempts)
                 follower.cancel()
-        finally:
-            self._recording.flush()
+        finally:  # the next start would send again what is still gathered
+            self._recording.hand_over()
 
     async def _dispatch(self, attempts: asyncio.TaskGroup) -> None:
         while not self._stopping:
@@ -250,7 +250,7 @@ class Forwarder:
                 await self._recollect()
                 self._recollected = True
             if self._supply.stale:
-                if self._in_flight or self._recording.events:
+                if self._in_flight or self._recording.unsettled:
                     return  # they belong to what was read before
                 self._supply.renew(ordered=self._plan.ordered)
                 self._trials.clear()
@@ -278,7 +278,7 @@ class Forwarder:
             return None
         if gate.is_crowded(
             in_flight=self._in_flight,
-            unsettled=self._recording.events,
+            unsettled=self._recording.unsettled,
             batch=self._plan.batch,
             pressed=self._writer.pressed,
         ):
@@ -446,9 +446,9 @@ class Forwarder:
             gathered=self._recording.gathered,
             pressed=self._writer.pressed,
         ):
-            self._recording.flush()
+            self._recording.hand_over()
 
-    def _recorded(self, settled: list[Recorded]) -> None:
+    def _recorded(self, settled: list[Conclusion]) -> None:
         """Go on by what is recorded; nothing is, where the writer gave up."""
         self._wake.set()
         final = []
