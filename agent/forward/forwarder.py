@@ -15,7 +15,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import assert_never
 
-import msgspec
 import structlog
 
 from agent.clock import Clock
@@ -385,8 +384,7 @@ class Forwarder:
         """Return *claim* without what is *gone* from the outbox, whose lanes move on."""
         self._tally.clear(head.seq for head in gone)
         self._supply.lanes.done(gone)
-        left = tuple(head for head in claim.heads if head not in gone)
-        return msgspec.structs.replace(claim, heads=left)
+        return claim.without(gone)
 
     def _is_urgent_no_more(self, claim: Claim) -> bool:
         """Return whether *claim* was let go for an urgent event that is gone."""
@@ -435,7 +433,7 @@ class Forwarder:
                 self._trials.over(claim)
                 self._supply.lanes.done(claim.heads)
             case (Retry(), *_):
-                self._put_off(_tried(claim, now_ms), outcome, now_s, blamed=blamed)
+                self._put_off(claim.tried(now_ms), outcome, now_s, blamed=blamed)
             case _:
                 self._put_off(claim, outcome, now_s, blamed=blamed)
 
@@ -530,14 +528,6 @@ class Forwarder:
 
 def _claims_by(plan: Plan) -> tuple[object, ...]:
     return plan.ordered, plan.urgent, plan.batch > 1
-
-
-def _tried(claim: Claim, now_ms: int) -> Claim:
-    """Return *claim* with its one event as the outbox has it once the attempt is recorded."""
-    (head,) = claim.heads
-    since_ms = now_ms if head.failing_since_ms is None else head.failing_since_ms
-    tried = msgspec.structs.replace(head, attempts=head.attempts + 1, failing_since_ms=since_ms)
-    return msgspec.structs.replace(claim, heads=(tried,))
 
 
 @asynccontextmanager
