@@ -414,8 +414,10 @@ class Forwarder:
         now_s, now_ms = self._clock.monotonic_s(), self._clock.wall_ms()
         record = self._trials.record(claim, outcome, now_s)
         decided = verdict(claim, outcome, record, give_up=self._plan.give_up)
-        if not may_be_stored(claim, outcome) and not isinstance(outcome, Delivered):
-            self._tally.clear(head.seq for head in claim.heads)
+        if not isinstance(outcome, Delivered):
+            self._last_error, self._last_error_ms = error_of(outcome), now_ms
+            if not may_be_stored(claim, outcome):
+                self._tally.clear(head.seq for head in claim.heads)
         self._tell_breaker(claim, ticket, outcome, now_s, proven=record.proven)
         if isinstance(decided, tuple):
             self._record(claim, decided)
@@ -481,36 +483,27 @@ class Forwarder:
         self, claim: Claim, ticket: Ticket, outcome: Outcome, now_s: float, *, proven: bool
     ) -> None:
         link = self._breaker.state
+        why = error_of(outcome)
         match outcome:
             case Delivered():
                 self._breaker.succeed(ticket, now_s, delivered=len(claim.heads))
             case Rejected():
-                self._note_error(error_of(outcome))
                 self._breaker.succeed(ticket, now_s, delivered=0)
             case Failed():
-                why = self._note_error(error_of(outcome))
                 self._breaker.falter(ticket, now_s, why)
-            case Unavailable(why=why, retry_after_s=None, too_much=True):
-                self._note_error(why)
+            case Unavailable(retry_after_s=None, too_much=True):
                 self._breaker.push_back(ticket, now_s, why)
-            case Unavailable(why=why, retry_after_s=retry_after_s):
-                self._note_error(why)
+            case Unavailable(retry_after_s=retry_after_s):
                 self._breaker.fail(ticket, now_s, why, retry_after_s=retry_after_s)
-            case Misconfigured(why) if proven:
+            case Misconfigured() if proven:
                 # Others passed since it was first answered so: a firewall dislikes this one.
-                self._note_error(why)
                 self._breaker.cancel(ticket, now_s)
-            case Misconfigured(why):
-                self._note_error(why)
+            case Misconfigured():
                 self._breaker.hold(ticket, now_s, why)
             case _:
                 assert_never(outcome)
         if self._breaker.state is not link:
             self._log_change(link)
-
-    def _note_error(self, text: str) -> str:
-        self._last_error, self._last_error_ms = text, self._clock.wall_ms()
-        return text
 
     def _log_change(self, link: breaker.State) -> None:
         before, _ = self._state(link)
