@@ -156,17 +156,11 @@ class Forwarder:
         now_s = self._clock.monotonic_s()
         self._kept_back = self._ask_budget(now_s)
         state, reason = self._state()
-        until_s: float | None = None
-        match state:
-            case "backing_off" | "held":
-                until_s = self._breaker.opens_at_s() or now_s  # None: it is being tried
-            case "waiting" if self._kept_back is not None:
-                until_s = self._kept_back.until_s
-            case "flowing" if (self._breaker.opens_at_s() or now_s) > now_s:
-                until_s = self._breaker.opens_at_s()
-                reason = "the upstream answers much slower than usual: resting in between"
-            case _:
-                pass
+        until_s = gate.until_s(
+            state, kept_back=self._kept_back, opens_at_s=self._breaker.opens_at_s(), now_s=now_s
+        )
+        if state == "flowing" and until_s is not None:
+            reason = gate.RESTING
         return Flow(
             state=state,
             reason=reason,
