@@ -11,7 +11,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import assert_never
 
@@ -343,6 +342,21 @@ class Forwarder:
             self._wake.set()
 
     async def _attempt(self, claim: Claim, ticket: Ticket) -> None:
+        read = await self._read(claim, ticket)
+        if read is None:
+            return
+        claim, bodies = read
+        endpoint, body = self._request(claim, bodies)
+        self._sent[claim.key] = claim
+        self._tally.sending(bodies)
+        self._pay(len(bodies), len(body) + REQUEST_BYTES)  # before: others ask meanwhile
+        outcome = await self._send(endpoint, body)
+        if isinstance(outcome, Rejected) and outcome.status == TOO_LARGE and len(bodies) > 1:
+            self._fit = self._fit.below(len(body))
+        self._conclude(claim, ticket, outcome)
+
+    async def _read(self, claim: Claim, ticket: Ticket) -> tuple[Claim, dict[int, bytes]] | None:
+        """Return what is still to be sent of *claim*, and its bodies by seq; None: nothing now."""
         try:
             bodies = await self._supply.bodies(claim)
         except OutboxError as exc:
@@ -350,29 +364,20 @@ class Forwarder:
             now_s = self._clock.monotonic_s()
             self._breaker.cancel(ticket, now_s)
             self._supply.lanes.again(claim, until_s=now_s + _READ_AGAIN_S)
-            return
+            return None
         gone = [head for head in claim.heads if head.seq not in bodies]
         if gone:  # evicted or expired since it was read
             claim = self._without(claim, gone)
         if not claim.heads:
             self._breaker.cancel(ticket, self._clock.monotonic_s())
             self._trials.over(claim)
-            return
+            return None
         too_late = not self._breaker.stands(ticket) or self._paused or self._stopping
         if too_late or (gone and self._is_urgent_no_more(claim)):
             self._breaker.cancel(ticket, self._clock.monotonic_s())
             self._supply.lanes.again(claim, until_s=None)  # something changed while it was read
-            return
-        endpoint, body = self._request(claim, bodies)
-        self._sent[claim.key] = claim
-        self._tally.sending(bodies)
-        self._pay(len(bodies), len(body) + REQUEST_BYTES)  # before: others ask meanwhile
-        outcome = await self._send(endpoint, body)
-        if isinstance(outcome, Rejected) and outcome.status == TOO_LARGE and len(bodies) > 1:
-            # Whoever stands in between takes less than the upstream: ask for less from now on.
-            batch_bytes = min(self._fit.batch_bytes, len(body) // 2)
-            self._fit = replace(self._fit, batch_bytes=batch_bytes)
-        self._conclude(claim, ticket, outcome)
+            return None
+        return claim, bodies
 
     def _without(self, claim: Claim, gone: list[Head]) -> Claim:
         """Return *claim* without what is *gone* from the outbox, whose lanes move on."""
