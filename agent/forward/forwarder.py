@@ -11,7 +11,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
 from typing import assert_never
 
 import structlog
@@ -22,7 +21,7 @@ from agent.flow import Flow, FlowState, Wait
 from agent.forward import breaker, gate
 from agent.forward.batch import MAX_BATCH_BYTES, envelope
 from agent.forward.breaker import Breaker, Closed, Ticket
-from agent.forward.budget import REQUEST_BYTES, KeptBack, Meter, day_of
+from agent.forward.budget import KeptBack
 from agent.forward.claims import Claim
 from agent.forward.disposition import (
     TOO_LARGE,
@@ -41,6 +40,7 @@ from agent.forward.disposition import (
 from agent.forward.lanes import ITEM_BYTES
 from agent.forward.plan import Plan
 from agent.forward.recording import Conclusion, Recording
+from agent.forward.spending import Spending
 from agent.forward.supply import Supply
 from agent.forward.tally import Tally
 from agent.forward.trials import Trials
@@ -95,7 +95,7 @@ class Forwarder:
         self._breaker = Breaker(
             plan.backoff, ceiling=plan.concurrency, hold_probe_s=plan.hold_probe_s, rng=rng
         )
-        self._meter = Meter(plan.budget)
+        self._spending = Spending(plan.budget, clock, tally)
         self._wake = asyncio.Event()
         self._stopping = False
         self._in_flight = 0
@@ -132,7 +132,7 @@ class Forwarder:
         if _claims_by(plan) != _claims_by(self._plan):
             self._supply.stale = True  # other lanes, once nothing of these is under way
         if plan.budget != self._plan.budget:
-            self._meter = Meter(plan.budget)
+            self._spending = Spending(plan.budget, self._clock, self._tally)
         self._plan = plan
         self._fit = plan.fit
         self._breaker.adopt(
@@ -153,7 +153,7 @@ class Forwarder:
     def flow(self) -> Flow:
         """Return how forwarding stands."""
         now_s = self._clock.monotonic_s()
-        self._kept_back = self._ask_budget(now_s)
+        self._kept_back = self._spending.kept_back(now_s)
         state, reason = self._state()
         until_s = gate.until_s(
             state, kept_back=self._kept_back, opens_at_s=self._breaker.opens_at_s(), now_s=now_s
@@ -293,22 +293,13 @@ class Forwarder:
 
     def _due_at_s(self, now_s: float) -> float | None:
         """Return from when an event may go; None: only a change can bring that."""
-        self._kept_back = self._ask_budget(now_s)
+        self._kept_back = self._spending.kept_back(now_s)
         return gate.due_at_s(
             self._supply.lanes,
             paused=self._paused,
             kept_back=self._kept_back,
             opens_at_s=self._breaker.opens_at_s(),
         )
-
-    def _ask_budget(self, now_s: float) -> KeptBack | None:
-        if self._meter.unlimited:
-            return None
-        local = self._local()
-        return self._meter.kept_back(now_s, local, today_bytes=self._tally.bytes_of(day_of(local)))
-
-    def _local(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.wall_ms() / 1000, UTC).astimezone()
 
     async def _wait(self, now_s: float) -> None:
         """Wait for a change, or for the instant from which an event may go.
@@ -349,7 +340,8 @@ class Forwarder:
         endpoint, body = self._request(claim, bodies)
         self._sent[claim.key] = claim
         self._tally.sending(bodies)
-        self._pay(len(bodies), len(body) + REQUEST_BYTES)  # before: others ask meanwhile
+        # Before it is sent: others ask meanwhile.
+        self._spending.pay(self._clock.monotonic_s(), events=len(bodies), body_bytes=len(body))
         outcome = await self._send(endpoint, body)
         if isinstance(outcome, Rejected) and outcome.status == TOO_LARGE and len(bodies) > 1:
             self._fit = self._fit.below(len(body))
@@ -403,10 +395,7 @@ class Forwarder:
             return first.kind, alone
         return "batch", envelope((head.kind, bodies[head.seq]) for head in claim.heads)
 
-    def _pay(self, events: int, sent_bytes: int) -> None:
-        if not self._meter.unlimited:
-            self._meter.spend(self._clock.monotonic_s(), events=events, sent_bytes=sent_bytes)
-            self._tally.spend(day_of(self._local()), sent_bytes)
+    # --- what comes of it ---
 
     def _conclude(self, claim: Claim, ticket: Ticket, outcome: Outcome) -> None:
         """Carry out what the decisions make of *outcome*: for the events, their lanes and the link."""
