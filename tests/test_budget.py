@@ -7,7 +7,7 @@ from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import AgentProcess, running_agent
 
@@ -55,6 +55,7 @@ def test_the_wall_clock_is_looked_at_each_minute_for_a_person_may_set_it() -> No
     assert kept_back_for_s(meter, at=NOON.replace(hour=21, minute=59, second=50)) == 10.0
 
 
+@settings(deadline=None)
 @given(minutes=st.integers(0, 24 * 60 - 1), opens=st.times(), closes=st.times())
 def test_whoever_waits_as_long_as_it_says_comes_to_an_open_window(
     minutes: int, opens: time, closes: time

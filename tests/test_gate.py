@@ -79,6 +79,32 @@ def test_a_probe_under_way_is_told_as_what_it_may_end(link: Open | Held) -> None
     assert state_of(link=HalfOpen(link)) == state_of(link=link)
 
 
+def until_s(
+    state: FlowState, *, kept_back: KeptBack | None = None, opens_at_s: float | None = None
+) -> float | None:
+    return gate.until_s(state, kept_back=kept_back, opens_at_s=opens_at_s, now_s=5.0)
+
+
+def test_what_a_person_must_end_has_no_end_by_time() -> None:
+    assert until_s("paused", kept_back=AT_NIGHT, opens_at_s=9.0) is None
+    assert until_s("unconfigured", kept_back=AT_NIGHT, opens_at_s=9.0) is None
+
+
+def test_what_is_being_tried_may_end_now() -> None:
+    assert until_s("held", opens_at_s=60.0) == 60.0
+    assert until_s("backing_off", opens_at_s=None) == 5.0
+
+
+def test_a_rest_between_slow_answers_is_told_until_it_is_over() -> None:
+    assert until_s("flowing", opens_at_s=9.0) == 9.0
+    assert until_s("flowing", opens_at_s=5.0) is None
+    assert until_s("flowing", opens_at_s=None) is None
+
+
+def test_what_the_budget_keeps_back_ends_with_its_window() -> None:
+    assert until_s("waiting", kept_back=AT_NIGHT, opens_at_s=9.0) == AT_NIGHT.until_s
+
+
 def test_an_event_that_is_there_may_go_at_once() -> None:
     assert due_at_s(lanes_with(urgent=False)) == float("-inf")
 

@@ -15,7 +15,7 @@ from agent.event import Event
 from agent.outbox import ids, letters, schema
 from agent.outbox.access import open_own_reader
 from agent.outbox.ids import id_hash
-from agent.outbox.procedures import MOST_BYTES, MOST_ROWS, Keyed, appends
+from agent.outbox.procedures import MOST_BYTES, MOST_ROWS, Keyed, part
 from agent.outbox.records import Ack, Appended, Bury, Policy, Selection
 from agent.outbox.store import Store
 from agent.outbox.writer import open_writer
@@ -185,9 +185,9 @@ def test_an_append_has_few_large_events_or_one_of_any_size() -> None:
 
     small, large, huge = sized(100), sized(MOST_BYTES // 2), sized(2 * MOST_BYTES)
 
-    parts = appends([large, large, small, huge, huge, *[small] * (MOST_ROWS + 1)])
+    parts = part([large, large, small, huge, huge, *[small] * (MOST_ROWS + 1)])
 
-    assert [len(part) for part in parts] == [2, 1, 1, 1, MOST_ROWS, 1]
+    assert [len(events) for events in parts] == [2, 1, 1, 1, MOST_ROWS, 1]
 
 
 async def test_large_transactions_leave_no_more_in_memory_than_small_ones(outbox: Path) -> None:

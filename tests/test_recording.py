@@ -15,7 +15,7 @@ from agent.forward.claims import Claim
 from agent.forward.disposition import Delivered, GiveUp, Outcome, Unavailable
 from agent.forward.forwarder import Forwarder, forwarding
 from agent.forward.plan import Plan
-from agent.forward.recording import GATHER_BYTES, Recorded, Recording
+from agent.forward.recording import GATHER_BYTES, Conclusion, Recording
 from agent.forward.tally import TALLY_BYTES, Tally
 from agent.forward.upstream import Endpoint
 from agent.outbox.access import open_own_reader
@@ -42,7 +42,7 @@ class Books:
         self.commits: list[list[int]] = []
         self.told = asyncio.Event()
 
-    def recorded(self, settled: list[Recorded]) -> None:
+    def recorded(self, settled: list[Conclusion]) -> None:
         self.commits.append([head.seq for each in settled for head in each.claim.heads])
         self.told.set()
 
@@ -86,13 +86,13 @@ async def test_what_was_gathered_is_recorded_in_one_commit(tmp_path: Path) -> No
         before = writer.commits
         for seq in (1, 2, 3):
             recording.add(*delivered(seq))
-        assert (recording.gathered, recording.events) == (3, 3)
-        recording.flush()
-        assert (recording.gathered, recording.events) == (0, 3)
+        assert (recording.gathered, recording.unsettled) == (3, 3)
+        recording.hand_over()
+        assert (recording.gathered, recording.unsettled) == (0, 3)
         await asyncio.wait_for(books.told.wait(), TIMEOUT_S)
         assert books.commits == [[1, 2, 3]]
         assert writer.commits == before + 1
-        assert recording.events == 0
+        assert recording.unsettled == 0
 
 
 async def test_large_events_are_recorded_a_few_at_a_time(tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ async def test_large_events_are_recorded_a_few_at_a_time(tmp_path: Path) -> None
         recording = Recording(writer, books.recorded)
         for seq, body_bytes in enumerate([2, GATHER_BYTES - 2, 1, 3 * GATHER_BYTES, 1], 1):
             recording.add(*delivered(seq, body_bytes=body_bytes))
-        recording.flush()
-        while recording.events:
+        recording.hand_over()
+        while recording.unsettled:
             await asyncio.wait_for(books.told.wait(), TIMEOUT_S)
             books.told.clear()
         assert books.commits == [[1, 2], [3], [4], [5]]

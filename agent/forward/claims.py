@@ -6,7 +6,7 @@ again by them. It shares no user with another claim, so the order of each user i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import msgspec
 
@@ -25,6 +25,18 @@ class Claim(msgspec.Struct, frozen=True):
 
     def holds(self, seq: int) -> bool:
         return any(head.seq == seq for head in self.heads)
+
+    def without(self, gone: Collection[Head]) -> Claim:
+        """Return the claim of those that are left; it may hold none."""
+        left = tuple(head for head in self.heads if head not in gone)
+        return msgspec.structs.replace(self, heads=left)
+
+    def tried(self, now_ms: int) -> Claim:
+        """Return the claim of one event as the outbox has that once a failed attempt is recorded."""
+        (head,) = self.heads
+        since_ms = now_ms if head.failing_since_ms is None else head.failing_since_ms
+        tried = msgspec.structs.replace(head, attempts=head.attempts + 1, failing_since_ms=since_ms)
+        return msgspec.structs.replace(self, heads=(tried,))
 
 
 def part(

@@ -11,11 +11,8 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
-from datetime import UTC, datetime
 from typing import assert_never
 
-import msgspec
 import structlog
 
 from agent.clock import Clock
@@ -24,7 +21,7 @@ from agent.flow import Flow, FlowState, Wait
 from agent.forward import breaker, gate
 from agent.forward.batch import MAX_BATCH_BYTES, envelope
 from agent.forward.breaker import Breaker, Closed, Ticket
-from agent.forward.budget import REQUEST_BYTES, KeptBack, Meter, day_of
+from agent.forward.budget import KeptBack
 from agent.forward.claims import Claim
 from agent.forward.disposition import (
     TOO_LARGE,
@@ -42,7 +39,8 @@ from agent.forward.disposition import (
 )
 from agent.forward.lanes import ITEM_BYTES
 from agent.forward.plan import Plan
-from agent.forward.recording import Recorded, Recording
+from agent.forward.recording import Conclusion, Recording
+from agent.forward.spending import Spending
 from agent.forward.supply import Supply
 from agent.forward.tally import Tally
 from agent.forward.trials import Trials
@@ -97,7 +95,7 @@ class Forwarder:
         self._breaker = Breaker(
             plan.backoff, ceiling=plan.concurrency, hold_probe_s=plan.hold_probe_s, rng=rng
         )
-        self._meter = Meter(plan.budget)
+        self._spending = Spending(plan.budget, clock, tally)
         self._wake = asyncio.Event()
         self._stopping = False
         self._in_flight = 0
@@ -134,7 +132,7 @@ class Forwarder:
         if _claims_by(plan) != _claims_by(self._plan):
             self._supply.stale = True  # other lanes, once nothing of these is under way
         if plan.budget != self._plan.budget:
-            self._meter = Meter(plan.budget)
+            self._spending = Spending(plan.budget, self._clock, self._tally)
         self._plan = plan
         self._fit = plan.fit
         self._breaker.adopt(
@@ -155,19 +153,13 @@ class Forwarder:
     def flow(self) -> Flow:
         """Return how forwarding stands."""
         now_s = self._clock.monotonic_s()
-        self._kept_back = self._ask_budget(now_s)
+        self._kept_back = self._spending.kept_back(now_s)
         state, reason = self._state()
-        until_s: float | None = None
-        match state:
-            case "backing_off" | "held":
-                until_s = self._breaker.opens_at_s() or now_s  # None: it is being tried
-            case "waiting" if self._kept_back is not None:
-                until_s = self._kept_back.until_s
-            case "flowing" if (self._breaker.opens_at_s() or now_s) > now_s:
-                until_s = self._breaker.opens_at_s()
-                reason = "the upstream answers much slower than usual: resting in between"
-            case _:
-                pass
+        until_s = gate.until_s(
+            state, kept_back=self._kept_back, opens_at_s=self._breaker.opens_at_s(), now_s=now_s
+        )
+        if state == "flowing" and until_s is not None:
+            reason = gate.RESTING
         return Flow(
             state=state,
             reason=reason,
@@ -213,8 +205,8 @@ class Forwarder:
                 follower = attempts.create_task(self._follow_appends())
                 await self._dispatch(attempts)
                 follower.cancel()
-        finally:
-            self._recording.flush()
+        finally:  # the next start would send again what is still gathered
+            self._recording.hand_over()
 
     async def _dispatch(self, attempts: asyncio.TaskGroup) -> None:
         while not self._stopping:
@@ -250,7 +242,7 @@ class Forwarder:
                 await self._recollect()
                 self._recollected = True
             if self._supply.stale:
-                if self._in_flight or self._recording.events:
+                if self._in_flight or self._recording.unsettled:
                     return  # they belong to what was read before
                 self._supply.renew(ordered=self._plan.ordered)
                 self._trials.clear()
@@ -278,7 +270,7 @@ class Forwarder:
             return None
         if gate.is_crowded(
             in_flight=self._in_flight,
-            unsettled=self._recording.events,
+            unsettled=self._recording.unsettled,
             batch=self._plan.batch,
             pressed=self._writer.pressed,
         ):
@@ -301,22 +293,13 @@ class Forwarder:
 
     def _due_at_s(self, now_s: float) -> float | None:
         """Return from when an event may go; None: only a change can bring that."""
-        self._kept_back = self._ask_budget(now_s)
+        self._kept_back = self._spending.kept_back(now_s)
         return gate.due_at_s(
             self._supply.lanes,
             paused=self._paused,
             kept_back=self._kept_back,
             opens_at_s=self._breaker.opens_at_s(),
         )
-
-    def _ask_budget(self, now_s: float) -> KeptBack | None:
-        if self._meter.unlimited:
-            return None
-        local = self._local()
-        return self._meter.kept_back(now_s, local, today_bytes=self._tally.bytes_of(day_of(local)))
-
-    def _local(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.wall_ms() / 1000, UTC).astimezone()
 
     async def _wait(self, now_s: float) -> None:
         """Wait for a change, or for the instant from which an event may go.
@@ -350,6 +333,22 @@ class Forwarder:
             self._wake.set()
 
     async def _attempt(self, claim: Claim, ticket: Ticket) -> None:
+        read = await self._read(claim, ticket)
+        if read is None:
+            return
+        claim, bodies = read
+        endpoint, body = self._request(claim, bodies)
+        self._sent[claim.key] = claim
+        self._tally.sending(bodies)
+        # Before it is sent: others ask meanwhile.
+        self._spending.pay(self._clock.monotonic_s(), events=len(bodies), body_bytes=len(body))
+        outcome = await self._send(endpoint, body)
+        if isinstance(outcome, Rejected) and outcome.status == TOO_LARGE and len(bodies) > 1:
+            self._fit = self._fit.below(len(body))
+        self._conclude(claim, ticket, outcome)
+
+    async def _read(self, claim: Claim, ticket: Ticket) -> tuple[Claim, dict[int, bytes]] | None:
+        """Return what is still to be sent of *claim*, and its bodies by seq; None: nothing now."""
         try:
             bodies = await self._supply.bodies(claim)
         except OutboxError as exc:
@@ -357,36 +356,26 @@ class Forwarder:
             now_s = self._clock.monotonic_s()
             self._breaker.cancel(ticket, now_s)
             self._supply.lanes.again(claim, until_s=now_s + _READ_AGAIN_S)
-            return
+            return None
         gone = [head for head in claim.heads if head.seq not in bodies]
         if gone:  # evicted or expired since it was read
             claim = self._without(claim, gone)
         if not claim.heads:
             self._breaker.cancel(ticket, self._clock.monotonic_s())
             self._trials.over(claim)
-            return
+            return None
         too_late = not self._breaker.stands(ticket) or self._paused or self._stopping
         if too_late or (gone and self._is_urgent_no_more(claim)):
             self._breaker.cancel(ticket, self._clock.monotonic_s())
             self._supply.lanes.again(claim, until_s=None)  # something changed while it was read
-            return
-        endpoint, body = self._request(claim, bodies)
-        self._sent[claim.key] = claim
-        self._tally.sending(bodies)
-        self._pay(len(bodies), len(body) + REQUEST_BYTES)  # before: others ask meanwhile
-        outcome = await self._send(endpoint, body)
-        if isinstance(outcome, Rejected) and outcome.status == TOO_LARGE and len(bodies) > 1:
-            # Whoever stands in between takes less than the upstream: ask for less from now on.
-            batch_bytes = min(self._fit.batch_bytes, len(body) // 2)
-            self._fit = replace(self._fit, batch_bytes=batch_bytes)
-        self._conclude(claim, ticket, outcome)
+            return None
+        return claim, bodies
 
     def _without(self, claim: Claim, gone: list[Head]) -> Claim:
         """Return *claim* without what is *gone* from the outbox, whose lanes move on."""
         self._tally.clear(head.seq for head in gone)
         self._supply.lanes.done(gone)
-        left = tuple(head for head in claim.heads if head not in gone)
-        return msgspec.structs.replace(claim, heads=left)
+        return claim.without(gone)
 
     def _is_urgent_no_more(self, claim: Claim) -> bool:
         """Return whether *claim* was let go for an urgent event that is gone."""
@@ -406,18 +395,17 @@ class Forwarder:
             return first.kind, alone
         return "batch", envelope((head.kind, bodies[head.seq]) for head in claim.heads)
 
-    def _pay(self, events: int, sent_bytes: int) -> None:
-        if not self._meter.unlimited:
-            self._meter.spend(self._clock.monotonic_s(), events=events, sent_bytes=sent_bytes)
-            self._tally.spend(day_of(self._local()), sent_bytes)
+    # --- what comes of it ---
 
     def _conclude(self, claim: Claim, ticket: Ticket, outcome: Outcome) -> None:
         """Carry out what the decisions make of *outcome*: for the events, their lanes and the link."""
         now_s, now_ms = self._clock.monotonic_s(), self._clock.wall_ms()
         record = self._trials.record(claim, outcome, now_s)
         decided = verdict(claim, outcome, record, give_up=self._plan.give_up)
-        if not may_be_stored(claim, outcome) and not isinstance(outcome, Delivered):
-            self._tally.clear(head.seq for head in claim.heads)
+        if not isinstance(outcome, Delivered):
+            self._last_error, self._last_error_ms = error_of(outcome), now_ms
+            if not may_be_stored(claim, outcome):
+                self._tally.clear(head.seq for head in claim.heads)
         self._tell_breaker(claim, ticket, outcome, now_s, proven=record.proven)
         if isinstance(decided, tuple):
             self._record(claim, decided)
@@ -435,7 +423,7 @@ class Forwarder:
                 self._trials.over(claim)
                 self._supply.lanes.done(claim.heads)
             case (Retry(), *_):
-                self._put_off(_tried(claim, now_ms), outcome, now_s, blamed=blamed)
+                self._put_off(claim.tried(now_ms), outcome, now_s, blamed=blamed)
             case _:
                 self._put_off(claim, outcome, now_s, blamed=blamed)
 
@@ -447,9 +435,9 @@ class Forwarder:
             failed=not all(isinstance(change, Ack) for change in changes),
             pressed=self._writer.pressed,
         ):
-            self._recording.flush()
+            self._recording.hand_over()
 
-    def _recorded(self, settled: list[Recorded]) -> None:
+    def _recorded(self, settled: list[Conclusion]) -> None:
         """Go on by what is recorded; nothing is, where the writer gave up."""
         self._wake.set()
         final = []
@@ -484,36 +472,27 @@ class Forwarder:
         self, claim: Claim, ticket: Ticket, outcome: Outcome, now_s: float, *, proven: bool
     ) -> None:
         link = self._breaker.state
+        why = error_of(outcome)
         match outcome:
             case Delivered():
                 self._breaker.succeed(ticket, now_s, delivered=len(claim.heads))
             case Rejected():
-                self._note_error(error_of(outcome))
                 self._breaker.succeed(ticket, now_s, delivered=0)
             case Failed():
-                why = self._note_error(error_of(outcome))
                 self._breaker.falter(ticket, now_s, why)
-            case Unavailable(why=why, retry_after_s=None, too_much=True):
-                self._note_error(why)
+            case Unavailable(retry_after_s=None, too_much=True):
                 self._breaker.push_back(ticket, now_s, why)
-            case Unavailable(why=why, retry_after_s=retry_after_s):
-                self._note_error(why)
+            case Unavailable(retry_after_s=retry_after_s):
                 self._breaker.fail(ticket, now_s, why, retry_after_s=retry_after_s)
-            case Misconfigured(why) if proven:
+            case Misconfigured() if proven:
                 # Others passed since it was first answered so: a firewall dislikes this one.
-                self._note_error(why)
                 self._breaker.cancel(ticket, now_s)
-            case Misconfigured(why):
-                self._note_error(why)
+            case Misconfigured():
                 self._breaker.hold(ticket, now_s, why)
             case _:
                 assert_never(outcome)
         if self._breaker.state is not link:
             self._log_change(link)
-
-    def _note_error(self, text: str) -> str:
-        self._last_error, self._last_error_ms = text, self._clock.wall_ms()
-        return text
 
     def _log_change(self, link: breaker.State) -> None:
         before, _ = self._state(link)
@@ -531,14 +510,6 @@ class Forwarder:
 
 def _claims_by(plan: Plan) -> tuple[object, ...]:
     return plan.ordered, plan.urgent, plan.batch > 1
-
-
-def _tried(claim: Claim, now_ms: int) -> Claim:
-    """Return *claim* with its one event as the outbox has it once the attempt is recorded."""
-    (head,) = claim.heads
-    since_ms = now_ms if head.failing_since_ms is None else head.failing_since_ms
-    tried = msgspec.structs.replace(head, attempts=head.attempts + 1, failing_since_ms=since_ms)
-    return msgspec.structs.replace(claim, heads=(tried,))
 
 
 @asynccontextmanager

@@ -12,6 +12,8 @@ The forwarder asks before each claim, and tells people the same.
 
 from __future__ import annotations
 
+from typing import assert_never
+
 from agent.flow import FlowState
 from agent.forward import breaker
 from agent.forward.breaker import HalfOpen, Held, Open
@@ -29,6 +31,9 @@ meanwhile."""
 BESIDE_INTAKE = 12
 """Attempts and settlements that may be under way while apps wait to be stored: on a small machine
 the two share one processor, and an app that waits is worse than an event that waits."""
+
+RESTING = "the upstream answers much slower than usual: resting in between"
+"""The reason, for people, while all is well and nothing goes for a moment."""
 
 
 def state_of(
@@ -60,6 +65,26 @@ def state_of(
     if kept_back is not None:
         return "waiting", kept_back.why
     return "flowing", f"{parked_users} user(s) wait behind a failing event" if parked_users else ""
+
+
+def until_s(
+    state: FlowState, *, kept_back: KeptBack | None, opens_at_s: float | None, now_s: float
+) -> float | None:
+    """Return when time alone ends *state* (monotonic s); None: it does not, or nothing is to end.
+
+    *opens_at_s* is the breaker's; None while it is tried, which may end it now.
+    """
+    match state:
+        case "backing_off" | "held":
+            return now_s if opens_at_s is None else opens_at_s
+        case "waiting":
+            return None if kept_back is None else kept_back.until_s
+        case "flowing":
+            return opens_at_s if opens_at_s is not None and opens_at_s > now_s else None
+        case "paused" | "unconfigured":
+            return None
+        case _:
+            assert_never(state)
 
 
 def due_at_s(

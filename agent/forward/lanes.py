@@ -58,6 +58,10 @@ class Fit:
         """Return the fit after a claim of several *events* was split: bad ones seldom come alone."""
         return replace(self, events=min(self.events, events // 2))
 
+    def below(self, refused_bytes: int) -> Fit:
+        """Return the fit after so much was too large: whoever stands in between takes less than the upstream."""
+        return replace(self, batch_bytes=min(self.batch_bytes, refused_bytes // 2))
+
     def widened(self, most: int) -> Fit:
         """Return the fit after a delivery: up to *most* events again."""
         return self if self.events >= most else replace(self, events=min(2 * self.events, most))

@@ -23,7 +23,7 @@ GATHER_BYTES = 5 * 1024 * 1024
 and on a disk without room the outbox has little to do so."""
 
 
-class Recorded(NamedTuple):
+class Conclusion(NamedTuple):
     """A claim, and what became of each of its events."""
 
     claim: Claim
@@ -33,15 +33,15 @@ class Recorded(NamedTuple):
 class Recording:
     """Hands settlements to the writer, many at a time."""
 
-    def __init__(self, writer: Writer, recorded: Callable[[list[Recorded]], None]) -> None:
-        """*recorded* is told of each commit that holds some."""
-        self.events = 0
-        """How many are not recorded yet."""
+    def __init__(self, writer: Writer, recorded: Callable[[list[Conclusion]], None]) -> None:
+        """*recorded* is called after each commit with what it holds, and with nothing if it never comes."""
+        self.unsettled = 0
+        """Events whose settlement is not committed yet."""
         self.gathered = 0
-        """How many of these the writer was not told of."""
+        """Those among them that the writer was not told of."""
         self._writer = writer
         self._recorded = recorded
-        self._waiting: list[Recorded] = []
+        self._waiting: list[Conclusion] = []
         self._waiting_bytes = 0
         self._due: asyncio.TimerHandle | None = None
 
@@ -49,16 +49,16 @@ class Recording:
         """Record *changes* to the events of *claim*, soon."""
         claim_bytes = sum(head.body_bytes for head in claim.heads)
         if self._waiting_bytes + claim_bytes > GATHER_BYTES:
-            self.flush()
-        self._waiting.append(Recorded(claim, changes))
+            self.hand_over()
+        self._waiting.append(Conclusion(claim, changes))
         self._waiting_bytes += claim_bytes
         self.gathered += len(changes)
-        self.events += len(changes)
+        self.unsettled += len(changes)
         if self._due is None:
-            self._due = asyncio.get_running_loop().call_later(_GATHER_S, self.flush)
+            self._due = asyncio.get_running_loop().call_later(_GATHER_S, self.hand_over)
 
-    def flush(self) -> None:
-        """Record now what was gathered."""
+    def hand_over(self) -> None:
+        """Record now what was gathered, instead of soon."""
         if self._due is not None:
             self._due.cancel()
             self._due = None
@@ -68,6 +68,6 @@ class Recording:
             done = self._writer.settle(*[change for each in waiting for change in each.changes])
             done.add_done_callback(partial(self._committed, waiting))
 
-    def _committed(self, settled: list[Recorded], done: asyncio.Future[None]) -> None:
-        self.events -= sum(len(each.changes) for each in settled)
+    def _committed(self, settled: list[Conclusion], done: asyncio.Future[None]) -> None:
+        self.unsettled -= sum(len(each.changes) for each in settled)
         self._recorded([] if done.cancelled() else settled)

@@ -31,7 +31,7 @@ Id = str | tuple[str, str]
 """What makes an event the same one: its messageId, for a named upstream with the name in front."""
 
 Key = int | tuple[str, int]
-"""An id with the hash of its messageId in place of that."""
+"""What memory knows an id by: the hash of its messageId, for a named upstream with the name in front."""
 
 _UNINDEXED = """
 SELECT upstream, message_id, seq
@@ -86,12 +86,18 @@ def id_of(upstream: str, message_id: str) -> Id:
 
 
 def key_of(upstream: str, message_id: str) -> Key:
-    key = id_hash(message_id)
-    return (upstream, key) if upstream else key
+    """Return what memory knows that id by. Another one may have the same, once in centuries."""
+    hashed = id_hash(message_id)
+    return (upstream, hashed) if upstream else hashed
+
+
+def hash_of(key: Key) -> int:
+    """Return what the index has for *key*: the hash alone, for people look by messageId."""
+    return key if isinstance(key, int) else key[1]
 
 
 def id_hash(message_id: str) -> int:
-    """Return the key of *message_id* in the index: 64 bits, signed as SQLite's integers are."""
+    """Return the hash of *message_id*: 64 bits, signed as SQLite's integers are."""
     digest = blake2b(message_id.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
@@ -166,7 +172,7 @@ class KnownIds:
         return self._db.execute(_IS_INDEXED, values).fetchone() is not None
 
     def _is(self, event_id: Id, seq: int) -> bool:
-        upstream, message_id = ("", event_id) if isinstance(event_id, str) else event_id
+        upstream, message_id = _upstream_and_message_id(event_id)
         values = {"seq": seq, "message_id": message_id, "upstream": upstream}
         return self._db.execute(_IS, values).fetchone() is not None
 
@@ -175,7 +181,7 @@ class KnownIds:
         if self.may_be_new(keys):
             self._added.update(zip(keys, count(first_seq), strict=False))
             return
-        for key, seq in zip(keys, count(first_seq), strict=False):
+        for seq, key in enumerate(keys, first_seq):
             held = self._held(key)
             if held is None or (key, held) in self._gone:
                 self._added[key] = seq
@@ -195,7 +201,7 @@ class KnownIds:
         """Forget events, as (id, seq)."""
         gone = [(_key(event_id), seq) for event_id, seq in ids]
         rows = sorted((hash_of(key), seq) for key, seq in gone)
-        self._db.executemany(_FORGET, [{"id_hash": key, "seq": seq} for key, seq in rows])
+        self._db.executemany(_FORGET, [{"id_hash": hashed, "seq": seq} for hashed, seq in rows])
         self._gone += gone
 
     def merge(self) -> None:
@@ -241,10 +247,9 @@ class KnownIds:
         self._added, self._gone, self._merged = {}, [], 0
 
 
-def hash_of(key: Key) -> int:
-    """Return the key of an event in the index: the hash of its messageId, by which people look, too."""
-    return key if isinstance(key, int) else key[1]
-
-
 def _key(event_id: Id) -> Key:
-    return key_of(*(("", event_id) if isinstance(event_id, str) else event_id))
+    return key_of(*_upstream_and_message_id(event_id))
+
+
+def _upstream_and_message_id(event_id: Id) -> tuple[str, str]:
+    return ("", event_id) if isinstance(event_id, str) else event_id

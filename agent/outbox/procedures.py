@@ -95,10 +95,11 @@ Keyed = tuple[Key, Event]
 """An event, with what memory knows its id by."""
 
 _COLUMNS = 10
+"""Of `incoming`, but for the last: only the last row says how many the statement has."""
 
 
-def appends(events: Sequence[Keyed]) -> list[Sequence[Keyed]]:
-    """Part *events* into those of one append each."""
+def part(events: Sequence[Keyed]) -> list[Sequence[Keyed]]:
+    """Part *events*, in their order, so that each part fits one append."""
     parts: list[Sequence[Keyed]] = []
     start = part_bytes = 0
     for end, (_, event) in enumerate(events):
@@ -123,16 +124,18 @@ class Procedures:
 
     def append(self, events: Sequence[Keyed], *, first_seq: int) -> None:
         """Store new events that fit one append. Raises `KnownError`, and then has stored none."""
+        # sqlite3 binds a bytearray as it is. For bytes, and for None, it looks for an adapter, which
+        # takes longer than to copy an event.
         rows = [
             (
                 seq,
                 event.message_id,
                 hash_of(key),
-                _bound(event.digest),
+                bytearray(event.digest),
                 event.kind,
                 event.lane,
                 event.received_ms,
-                _bound(event.body),
+                bytearray(event.body),
                 event.upstream,
                 event.app,
             )
@@ -156,16 +159,12 @@ class Procedures:
         return (self._db.total_changes - before) // 2
 
 
-_bound = bytearray
-"""What sqlite3 binds as it is. For bytes, and for None, it looks for an adapter, which takes longer
-than to copy an event."""
-
-
 @cache
 def _insertion(rows: int) -> str:
     """Return the statement for so many rows.
 
-    They are powers of two: nine statements in all, which stay prepared.
+    They are powers of two: nine statements in all, which stay prepared. What is more than the events
+    is rows of zeros, in front, which the trigger passes over.
     """
     row = ", ".join("?" * _COLUMNS)
     return " ".join(["INSERT INTO incoming VALUES", f"({row}, NULL)," * (rows - 1), f"({row}, ?)"])

@@ -356,7 +356,7 @@ class Reader:
             query = search.measuring(state, after=after)
             measured = await self._fetch(query.sql, **query.values)
             looked = len(measured)
-            for upto in search.parts(measured):
+            for upto in search.part_ends(measured):
                 found += await self._part(state, selection, after, upto, limit - len(found))
                 if len(found) == limit:
                     return found

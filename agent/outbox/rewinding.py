@@ -49,7 +49,7 @@ class Rewinding:
             self._in_vain_bytes = 0
         elif log_bytes >= 2 * self._in_vain_bytes:
             self._in_vain_bytes = log_bytes
-            if _rewound(db):
+            if _rewind(db):
                 self._in_vain_bytes = 0
 
     def _bytes(self) -> int:
@@ -59,7 +59,8 @@ class Rewinding:
             return 0
 
 
-def _rewound(db: sqlite3.Connection) -> bool:
+def _rewind(db: sqlite3.Connection) -> bool:
+    """Wait for those who read; return whether the log begins anew at the next commit."""
     # A reader that may not write to the -shm joins another's place in the log. Without one at the end
     # they would go on to hold the old place, one after the other.
     db.execute(_READ_UP_TO_THE_END).fetchall()

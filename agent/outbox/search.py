@@ -131,8 +131,8 @@ def measuring(state: State, *, after: int) -> Query:
     return Query(sql, {"after": after, "limit": PART_EVENTS})
 
 
-def parts(measured: Sequence[Sequence[int]]) -> list[int]:
-    """Return the last seq of each part of the events *measured*."""
+def part_ends(measured: Sequence[Sequence[int]]) -> list[int]:
+    """Return the last seq of each part of a search, by what `measuring` gives."""
     ends: list[int] = []
     part_bytes = 0
     for seq, body_bytes in measured:

@@ -17,7 +17,7 @@ from agent.event import Event
 from agent.outbox.apps import Apps, shared
 from agent.outbox.backlogs import Backlogs
 from agent.outbox.ids import Id, KnownIds, id_of, key_of
-from agent.outbox.procedures import Keyed, KnownError, Procedures, appends
+from agent.outbox.procedures import Keyed, KnownError, Procedures, part
 from agent.outbox.records import Ack, Appended, Bury, Retry, Settlement, State
 
 _LAST_SEQ = """
@@ -211,7 +211,7 @@ class Store:
         fresh = [(key_of(event.upstream, event.message_id), event) for event in events]
         if not self.ids.may_be_new([key for key, _ in fresh]):
             fresh = self._not_recalled(fresh)
-        parts = appends(fresh)
+        parts = part(fresh)
         one_statement = (
             not self._db.in_transaction
             and len(parts) == 1
@@ -221,7 +221,7 @@ class Store:
         )
         if not one_statement:
             self.begin()
-        stored = [event for part in parts for event in self._append_fresh(part)]
+        stored = [event for each in parts for event in self._append_fresh(each)]
         results = [Appended.STORED] * len(events)
         if len(stored) < len(events):
             results = self._tell_apart(events, stored)
@@ -249,7 +249,7 @@ class Store:
         return [event for _, event in fresh]
 
     def _insert(self, fresh: Sequence[Keyed]) -> None:
-        """Queue events that are new, and fit one append. Raises `KnownError`, and then did not."""
+        """Queue new events that fit one append. Raises `KnownError`, and then has queued none."""
         first = self.last_seq + 1
         # Burnt even if the transaction fails: a seq is never given twice.
         self.last_seq += len(fresh)
