@@ -22,12 +22,15 @@ class Census:
     def __init__(self) -> None:
         self._counts: array[int] | None = None
 
-    def add(self, lane: int) -> None:
-        if self._counts is None:
-            self._counts = array("H", bytes(2 * _COUNTERS))
-        slot = lane % _COUNTERS
-        if self._counts[slot] < _MOST:
-            self._counts[slot] += 1
+    def add(self, *lanes: int) -> None:
+        """Count an event of each of these users."""
+        if not lanes:
+            return
+        self._counts = counts = self._counts or array("H", bytes(2 * _COUNTERS))
+        for lane in lanes:
+            slot = lane % _COUNTERS
+            if counts[slot] < _MOST:
+                counts[slot] += 1
 
     def remove(self, lane: int) -> None:
         """Count one event less that was added before."""

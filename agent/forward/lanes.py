@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import NamedTuple
@@ -176,11 +176,14 @@ class Lanes:
             self._census.clear()
             self._ahead.clear()
 
-    def counted(self, waiting: Iterable[tuple[int, int, int]], *, upto: int = 0) -> None:
+    def counted(self, waiting: Sequence[tuple[int, int, int]], *, upto: int = 0) -> None:
         """Count what comes next behind the tail, as (seq, lane, urgent), without taking it in."""
+        self._census.add(*(lane if self._ordered else seq for seq, lane, _ in waiting))
         for seq, lane, urgent in waiting:
-            self._count(seq, lane, urgent=bool(urgent))
-        self.tail = max(self.tail, upto)
+            if urgent:
+                self._urge(lane, seq)
+        last = waiting[-1][0] if waiting else 0
+        self.tail = max(self.tail, upto, last)
 
     def _count(self, seq: int, user: int, *, urgent: bool) -> None:
         self.tail = seq

@@ -111,18 +111,27 @@ SELECT MIN(CASE WHEN upstream = '' THEN seq END), MAX(seq), COUNT(*)
 """  # noqa: S608  # fragments of this module
 
 _WAITING = f"""
-SELECT seq, lane, {_URGENT}, {_NAME}
+SELECT seq, lane, {_URGENT} AS urgent, {_NAME} AS upstream
   FROM pending
  WHERE seq > :after
 """  # noqa: S608  # fragments of this module
 
 _WAITING_NAMED = f"""
-SELECT seq, lane, {_URGENT}, upstream
+SELECT seq, lane, {_URGENT} AS urgent, upstream
   FROM pending INDEXED BY pending_named
  WHERE upstream = :upstream
    AND upstream <> ''
    AND seq > :after
 """  # noqa: S608  # fragments of this module
+
+# One row: to fetch thousands would wait for the interpreter lock at each.
+_GLANCE = """
+SELECT COUNT(*),
+       MAX(seq),
+       json_group_array(seq)    FILTER (WHERE upstream = :upstream),
+       json_group_array(lane)   FILTER (WHERE upstream = :upstream),
+       json_group_array(urgent) FILTER (WHERE upstream = :upstream)
+"""
 
 _STILL_PENDING = """
 SELECT seq
@@ -257,17 +266,18 @@ class Reader:
         self, upstream: str = "", *, after: int, limit: int, urgent: Sequence[str] = ()
     ) -> Glance:
         """Look at the next *limit* pending events behind *after*, for those of *upstream*; as `scan`."""
-        rows = await self._fetch(
-            f"{_WAITING_NAMED if upstream else _WAITING} {_SCAN}",
+        queue = _WAITING_NAMED if upstream else _WAITING
+        ((looked, upto, *columns),) = await self._fetch(
+            f"{_GLANCE} FROM ({queue} {_SCAN})",
             upstream=upstream,
             after=after,
             limit=limit,
             names=_names(urgent),
         )
         return Glance(
-            waiting=[(seq, lane, mark) for seq, lane, mark, name in rows if name == upstream],
-            upto=rows[-1][0] if rows else after,
-            more=len(rows) == limit,
+            waiting=list(zip(*map(msgspec.json.decode, columns), strict=True)),
+            upto=upto if looked else after,
+            more=looked == limit,
         )
 
     async def still_pending(self, seqs: Collection[int]) -> set[int]:
